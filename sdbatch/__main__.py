@@ -1,0 +1,5 @@
+"""``python -m sdbatch``."""
+
+from sdbatch.cli import main
+
+main()

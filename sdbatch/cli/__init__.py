@@ -1,0 +1,81 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from types import FrameType
+
+import typer
+from rich.markup import escape
+from typer.exceptions import TyperException
+
+from sdbatch import __version__
+from sdbatch.cli import jobs, results, training
+from sdbatch.cli.console import people, print_json
+from sdbatch.errors import Interrupted, SdbatchError, SpecError
+
+app = typer.Typer(
+    name="sdbatch",
+    help="Tables of prompts in, pictures out, each exactly once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    jobs.validate,
+    jobs.plan,
+    jobs.run,
+    results.status,
+    results.verify,
+    results.errors,
+    results.gallery,
+    training.train,
+    jobs.schema,
+)
+for command in _COMMANDS:
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sdbatch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit: 0 complete, 1 failed, 2 bad spec or usage, 3 with quarantined images,
+    130 interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        code = app(args=arguments, prog_name="sdbatch", standalone_mode=False)
+    except TyperException as error:
+        people.print(f"[bold red]error[/]: {escape(error.format_message())} See 'sdbatch --help'.", soft_wrap=True)
+        return 2
+    except SdbatchError as error:
+        if "--json" in arguments:
+            problems = [asdict(problem) for problem in error.problems] if isinstance(error, SpecError) else []
+            print_json({"error": str(error), "kind": type(error).__name__, "problems": problems})
+        mark = "[yellow]interrupted[/]" if isinstance(error, Interrupted) else "[bold red]error[/]"
+        people.print(f"{mark}: {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped by a signal; what is committed stays, the same command goes on from here")

@@ -1,0 +1,112 @@
+"""Words, colour and progress bars for people on stderr; JSON for machines on stdout."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:  # the engine imports Ray and torch, which commands that only read do not need
+    from sdbatch.engine import Snapshot, Watch
+
+people = Console(stderr=True, highlight=False)
+
+_PLAIN_SECONDS = 5.0
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(asdict(content) if is_dataclass(content) and not isinstance(content, type) else content, indent=2))
+
+
+def tell(*lines: str) -> None:
+    """Lines for people; markup as rich knows it."""
+    for line in lines:
+        people.print(line, soft_wrap=True)
+
+
+def facts(pairs: Mapping[str, str]) -> None:
+    """Aligned name and value, one a line."""
+    width = max(len(name) for name in pairs)
+    for name, value in pairs.items():
+        people.print(f"  [dim]{name:<{width}}[/]  {value}", soft_wrap=True)
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Any]:
+    """A progress bar, ``update(done, total, text)``; plain lines now and then where there is no terminal."""
+    if not people.is_terminal:
+        yield _Lines(label)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=people, transient=True) as progress:
+        task = progress.add_task(label, total=None, text="")
+
+        def update(done: int, total: int | None, text: str, label: str = label) -> None:
+            progress.update(task, completed=done, total=total, text=text, description=label)
+
+        yield update
+
+
+class _Lines:
+    """What a bar becomes in a log file: a line every few seconds and at every change of stage."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._last = label, 0.0
+        self._started = time.monotonic()
+
+    def __call__(self, done: int, total: int | None, text: str, label: str | None = None) -> None:
+        now = time.monotonic()
+        changed = label is not None and label != self._label
+        if not changed and now - self._last < _PLAIN_SECONDS and done != total:
+            return
+        self._label, self._last = label or self._label, now
+        people.print(f"{self._label}: {done:,}{f' of {total:,}' if total else ''} {text}".rstrip(), soft_wrap=True)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """A watch for a run: images done, images a second, time left, quarantined."""
+    with bar("starting") as update:
+        first: list[tuple[float, int]] = []
+
+        def watch(now: Snapshot) -> None:
+            if now.stage == "planning":
+                update(now.rows, None, "rows read", label="planning")
+                return
+            done = now.finished + now.in_flight
+            text = ""
+            if now.stage in {"making", "done"}:
+                first.append((time.monotonic(), done)) if not first else None
+                seconds, images = time.monotonic() - first[0][0], done - first[0][1]
+                rate = images / seconds if seconds > 0.5 else 0.0
+                text = f"{rate:.1f} images/s" if rate else ""
+                if rate and not people.is_terminal:
+                    text += f", {_span((now.planned - done) / rate)} left"
+            if now.quarantined:
+                text += f" [red]{now.quarantined:,} quarantined[/]"
+            if now.deaths:
+                text += f" [yellow]{now.deaths} actors replaced[/]"
+            label = {"loading": "loading the model", "starting": "starting"}.get(now.stage, "images")
+            update(done, now.planned or None, text.strip(), label=label)
+
+        yield watch
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

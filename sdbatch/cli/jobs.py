@@ -1,0 +1,127 @@
+"""Commands that take a job spec: validate, plan, run, schema."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sdbatch.cli.console import facts, people, print_json, tell, watching
+from sdbatch.spec import JobSpec, load_spec
+
+Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job spec.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: generate.seed=7.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Check a job spec, its input, model and output, and say every mistake."""
+    from sdbatch import engine  # Ray and torch take seconds to import: only where they are needed
+
+    spec = load_spec(job, set_)
+    prepared = engine.prepare(spec)
+    size = sum(file.bytes for file in prepared.table.files)
+    if as_json:
+        print_json({"ok": True, "name": spec.name, "files": len(prepared.table.files), "bytes": size})
+        return
+    tell(f"[green]✓[/] {escape(str(job))} is fine")
+    facts(
+        {
+            "input": f"{len(prepared.table.files)} {prepared.table.format} file(s), {size:,} bytes",
+            "model": f"{escape(spec.model.uri)}, sha256 {prepared.model.sha256[:12]}…",
+            "output": escape(prepared.store.uri),
+        }
+    )
+
+
+def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Plan a job without making anything: count its images, shards and batches."""
+    from sdbatch import engine
+
+    spec = load_spec(job, set_)
+    with watching() as watch:
+        planned, shards = engine.plan(spec, watch)
+    size = spec.resources.batch_size
+    makeable = [shard for shard in shards if shard.makeable]
+    batches = sum(-(-shard.count // size) for shard in makeable)
+    images = sum(shard.count for shard in makeable)
+    shapes = Counter[str]()
+    for shard in makeable:
+        shapes[f"{shard.width}x{shard.height}"] += shard.count
+    padding = 1 - images / (batches * size) if batches else 0.0
+    summary = {
+        "planned": planned.planned,
+        "makeable": images,
+        "quarantined": planned.faulty,
+        "shards": planned.shards,
+        "batches": batches,
+        "padding": round(padding, 4),
+        "sizes": dict(shapes.most_common()),
+        "fingerprint": planned.fingerprint,
+        "output": spec.output.uri,
+    }
+    if as_json:
+        print_json(summary)
+        return
+    tell(f"[bold]{spec.name}[/]: {planned.planned:,} images")
+    shown = ", ".join(f"{shape} ({count:,})" for shape, count in shapes.most_common(4))
+    facts(
+        {
+            "sizes": shown + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""),
+            "shards": f"{planned.shards:,} of up to {spec.output.shard_size}",
+            "batches": f"{batches:,} of {size}, {100 * padding:.1f} % of their slots empty",
+            "refused": f"{planned.faulty:,} requests, see 'sdbatch errors' after the run" if planned.faulty else "none",
+            "plan": escape(f"{spec.output.uri}/_sdbatch/plan"),
+        }
+    )
+
+
+def run(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Run a job; the same command goes on where a stopped run ended."""
+    from sdbatch import engine
+
+    spec = load_spec(job, set_)
+    with watching() as watch:
+        outcome = engine.run(spec, watch)
+    status = outcome.status
+    rate = outcome.images / outcome.making_seconds if outcome.making_seconds else 0.0
+    if as_json:
+        print_json(
+            {
+                "state": status.state,
+                "output": status.output,
+                "planned": status.planned,
+                "committed": status.committed,
+                "quarantined": status.quarantined,
+                "made_now": outcome.images,
+                "images_per_second": round(rate, 3),
+                "starting_seconds": round(outcome.starting_seconds, 3),
+                "making_seconds": round(outcome.making_seconds, 3),
+                "actor_deaths": outcome.deaths,
+            }
+        )
+    else:
+        mark = "[green]✓[/]" if not status.quarantined else "[yellow]![/]"
+        tell(f"{mark} [bold]{spec.name}[/] is {status.state}: {status.committed:,} of {status.planned:,} images")
+        output = escape(status.output)
+        told = {"output": output}
+        if outcome.images:
+            told["speed"] = f"{rate:.2f} images/s, after {outcome.starting_seconds:.1f} s to start"
+        else:
+            told["done"] = "there was nothing left to make"
+        if status.quarantined:
+            told["quarantined"] = f"[red]{status.quarantined:,}[/], see: sdbatch errors {output}"
+        told["look"] = f"sdbatch gallery {output}"
+        facts(told)
+    if status.quarantined:
+        raise typer.Exit(3)
+
+
+def schema() -> None:
+    """Print the JSON schema of the job spec."""
+    print(json.dumps(JobSpec.model_json_schema(), indent=2))
+    people.file.flush()

@@ -1,0 +1,247 @@
+"""The denoising U-Net with cross-attention (Rombach et al. 2022, section 3.3 and appendix E).
+
+It maps a noisy latent z_t, its time step and the text states to the noise ε or the velocity v.
+The module tree carries the key names of diffusers' ``UNet2DConditionModel``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdbatch.diffusion.resnet import Downsample, ResnetBlock, Upsample
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the U-Net, one tuple entry a level. The defaults are those of SD 1.x."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels hold transformers
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int = 64  # latent height and width the model was trained at
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself or, given ``context``, to the text."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, h·w, d)
+        k = self.to_k(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+        v = self.to_v(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Index 1 is the reference's dropout: nothing at inference, but it gives the last layer its number.
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each pre-normalised and residual."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the h·w positions of a feature map."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
+        self.proj_in: nn.Module = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
+        self.proj_out: nn.Module = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        h = h.flatten(2).transpose(1, 2)  # (B, h·w, width)
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, size)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, config: UNetConfig, level: int, in_channels: int) -> None:
+        super().__init__()
+        out, last = config.block_out_channels[level], len(config.block_out_channels) - 1
+        self.resnets = nn.ModuleList(
+            _resnet(config, in_channels if i == 0 else out, out) for i in range(config.layers_per_block)
+        )
+        self.attentions = _transformers(config, level, config.layers_per_block)
+        self.downsamplers = nn.ModuleList([Downsample(out)] if level < last else [])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config.num_attention_heads[-1], config)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, config: UNetConfig, level: int, in_channels: int, skip_channels: list[int]) -> None:
+        super().__init__()
+        out = config.block_out_channels[level]
+        self.resnets = nn.ModuleList(
+            _resnet(config, (in_channels if i == 0 else out) + skip, out) for i, skip in enumerate(skip_channels)
+        )
+        self.attentions = _transformers(config, level, len(skip_channels))
+        self.upsamplers = nn.ModuleList([Upsample(out)] if level > 0 else [])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            # Odd sizes do not double back: the next skip knows the size to return to.
+            height, width = skips[-1].shape[-2:]
+            x = upsample(x, (height, width))
+        return x
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the time step (Vaswani et al. 2017, section 3.5; cosine first), then a small MLP."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = self.channels // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class UNet(nn.Module):
+    """(z_t, t, text) → ε or v.
+
+    ``latents`` (B, in_channels, h, w); ``timesteps`` (B,), float; ``context`` (B, L, cross_attention_dim).
+    Returns (B, out_channels, h, w).
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of every feature map the way up will meet again
+        for level, width in enumerate(widths):
+            self.down_blocks.append(DownBlock(config, level, widths[max(level - 1, 0)]))
+            skips += [width] * (config.layers_per_block + (level < len(widths) - 1))
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for level in reversed(range(len(widths))):
+            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(config, level, below, taken))
+            below = widths[level]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        time = self.time_embedding(timesteps)  # (B, 4·widths[0])
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, time, context, skips)
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, time, context, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    time_channels = 4 * config.block_out_channels[0]
+    return ResnetBlock(
+        in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps, time_channels=time_channels
+    )
+
+
+def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
+    if not config.attention[level]:
+        return nn.ModuleList()
+    width, heads = config.block_out_channels[level], config.num_attention_heads[level]
+    return nn.ModuleList(SpatialTransformer(width, heads, config) for _ in range(count))

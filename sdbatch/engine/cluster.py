@@ -1,0 +1,70 @@
+"""Starting or joining Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import ray
+from ray.exceptions import RayError
+
+from sdbatch.errors import UsageError
+from sdbatch.spec import Resources
+
+#: CPUs that reading the table needs beside the actors.
+_READERS = 1
+
+
+@contextmanager
+def ray_session(resources: Resources) -> Iterator[None]:
+    """Ray for the length of a command: the cluster at RAY_ADDRESS, else one of our own on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU: what Ray will do anyway
+    own = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
+    if not ray.is_initialized():
+        # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
+        cpus = max(os.cpu_count() or 1, resources.actors * resources.cpus_per_actor + _READERS)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(
+                address="local" if own else None,
+                num_cpus=cpus if own else None,
+                include_dashboard=False if own else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            where = os.environ.get("RAY_ADDRESS", "this machine")
+            told = " ".join(str(error).split())
+            raise UsageError(
+                f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
+            ) from None
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which ends without a word
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which belongs to our results
+            yield
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def check_capacity(resources: Resources) -> None:
+    """Raise UsageError when the cluster has no node that could ever hold one actor."""
+    fits = [
+        node["Resources"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+        and node["Resources"].get("GPU", 0) >= resources.gpus_per_actor
+        and node["Resources"].get("CPU", 0) >= resources.cpus_per_actor
+    ]
+    if not fits:
+        raise UsageError(
+            f"resources: no node of the cluster has {resources.gpus_per_actor:g} GPUs and {resources.cpus_per_actor} "
+            "CPUs for an actor; lower resources.gpus_per_actor (0: on the CPU) or resources.cpus_per_actor"
+        )

@@ -1,0 +1,235 @@
+"""The generator: what runs in each actor. It hosts the whole model and turns shards into committed pictures.
+
+The model works in one thread and on one shard at a time; encoding and upload of a shard's pictures go on
+beside it, while the model is already at the next shard.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+
+from sdbatch import __version__
+from sdbatch.diffusion import LatentDiffusion, to_uint8
+from sdbatch.engine.shards import ShardCommitter, metadata_row
+from sdbatch.errors import JobFailed
+from sdbatch.ledger import Job, Shard, read_slice
+from sdbatch.outputs import EncodedPicture, encode
+from sdbatch.prompts import ImageRequest, from_table
+from sdbatch.spec import JobSpec, parse_spec
+from sdbatch.storage import open_store
+
+#: Batches that are encoded and stored beside the model's work.
+_FINISHERS = 2
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an actor hands back for a shard: numbers, no pixels."""
+
+    shard: int
+    committed: int
+    quarantined: int
+    failed_making: int  # of the quarantined, those that failed here and now
+    batches: int  # that the model computed
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that could not be made, and why."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A request that is through: its metadata row, and its picture unless it was refused."""
+
+    row: dict[str, Any]
+    picture: EncodedPicture | None
+
+
+#: What the model makes of a request: pixels (H, W, 3) and whether its prompt was cut, or why it can't be made.
+_Result = tuple[np.ndarray, bool] | Refused
+
+
+class Generator:
+    """One model on one device, fed with shards. ``load`` comes first."""
+
+    def __init__(self, spec: dict[str, Any], job: Job) -> None:
+        self.spec: JobSpec = parse_spec(spec)
+        self.job = job
+        self.store = open_store(self.spec.output.uri)
+        self._slice: tuple[int, Any] = (-1, None)
+        self._made = 0
+        self._model_turn = threading.Lock()
+        threads = self.spec.resources.cpus_per_actor
+        # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
+        self._model_thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
+        self._finishers = ThreadPoolExecutor(_FINISHERS, "finisher")
+
+    def load(self) -> dict[str, str]:
+        """Load the model; returns the environment that pictures depend on."""
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        model, device = self.spec.model, self.spec.resources.device
+        self.model = self._model_thread.submit(LatentDiffusion.from_pretrained, model.uri, device, model.dtype).result()
+        self.environment = _environment(device, self.spec.resources.cpus_per_actor)
+        self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
+        return self.environment
+
+    def images_made(self) -> int:
+        """Images that left the model so far; asked now and then for the progress bar."""
+        return self._made
+
+    def run_shard(self, shard: Shard) -> Receipt:
+        """Make, store and commit a shard. What other writers have finished of it is taken as it is."""
+        started = time.perf_counter()
+        record = self._committer.finish_started(shard)
+        if record is not None:
+            self._made += shard.count
+            return Receipt(shard.number, record.committed, record.quarantined, 0, 0)
+        requests = self._requests(shard)
+        kept = self._committer.writer.kept(shard.number)
+        size = self.spec.resources.batch_size
+        finishing: list[Future[list[_Ended]]] = []
+        batches, model_seconds = 0, 0.0
+        with self._model_turn:
+            for first in range(0, len(requests), size):
+                batch = requests[first : first + size]
+                if all(first + slot in kept for slot in range(len(batch))):
+                    ended: Future[list[_Ended]] = Future()
+                    ended.set_result(self._recovered(shard, first, batch, kept))
+                    finishing.append(ended)
+                else:
+                    began = time.perf_counter()
+                    results = self._model_thread.submit(self._make, batch).result()
+                    model_seconds += time.perf_counter() - began
+                    batches += 1
+                    last = first + size >= len(requests)
+                    finishing.append(self._finishers.submit(self._finish, shard, first, batch, results, last))
+                self._made += len(batch)
+        everything = [end for done in finishing for end in done.result()]
+        rows = [end.row for end in everything]
+        pictures = [end.picture for end in everything if end.picture is not None]
+        seconds = {"model": model_seconds, "shard": time.perf_counter() - started}
+        record = self._committer.commit(shard, rows, pictures, seconds, writer=uuid.uuid4().hex)
+        return Receipt(shard.number, record.committed, record.quarantined, len(rows) - len(pictures), batches)
+
+    # -- one batch ---------------------------------------------------------------------------------------
+
+    def _requests(self, shard: Shard) -> list[ImageRequest]:
+        number, table = self._slice
+        if number != shard.slice:
+            table = read_slice(self.store, self.job, shard.slice)
+            self._slice = (shard.slice, table)
+        return from_table(table.slice(shard.offset, shard.count))
+
+    def _make(self, batch: Sequence[ImageRequest]) -> list[_Result]:
+        """Pictures of a batch in its slots. If the batch fails as a whole, each request is tried by itself."""
+        slots: list[ImageRequest | None] = [*batch, *[None] * (self.spec.resources.batch_size - len(batch))]
+        try:
+            return self._compute(slots)[: len(batch)]
+        except torch.OutOfMemoryError:
+            first = batch[0]
+            raise JobFailed(
+                f"a batch of {len(slots)} at {first.width}x{first.height} does not fit the device's memory; "
+                "lower resources.batch_size"
+            ) from None
+        except torch.AcceleratorError:
+            os._exit(1)  # the device is in an unknown state; a new process gets it back, and is not to blame
+        except Exception:
+            return [self._compute_alone(slots, slot) for slot in range(len(batch))]
+
+    def _compute_alone(self, slots: Sequence[ImageRequest | None], slot: int) -> _Result:
+        """One request in its own slot of a padded batch: the same bytes as in company."""
+        alone = [request if place == slot else None for place, request in enumerate(slots)]
+        try:
+            return self._compute(alone)[slot]
+        except Exception as error:
+            return Refused(f"{type(error).__name__}: {error}")
+
+    def _compute(self, slots: Sequence[ImageRequest | None]) -> list[_Result]:
+        """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
+        lead = next(request for request in slots if request is not None)
+        prompts = ["" if request is None else request.prompt for request in slots]
+        latents = self.model.generate(
+            prompts,
+            ["" if request is None else request.negative_prompt for request in slots],
+            seeds=[0 if request is None else request.seed for request in slots],
+            width=lead.width,
+            height=lead.height,
+            num_inference_steps=lead.num_inference_steps,
+            guidance_scale=[lead.guidance_scale if request is None else request.guidance_scale for request in slots],
+            sampler=lead.sampler,
+            output="latent",
+        )
+        pictures = self.model.decode(latents)
+        finite = pictures.isfinite().flatten(1).all(dim=1).tolist()
+        pixels = to_uint8(pictures.nan_to_num())
+        truncated = self._truncated(prompts)
+        return [
+            (pixels[slot], truncated[slot]) if finite[slot] else Refused("the picture is not finite (NaN or infinity)")
+            for slot in range(len(slots))
+        ]
+
+    # -- after the model ---------------------------------------------------------------------------------
+
+    def _finish(
+        self, shard: Shard, first: int, batch: Sequence[ImageRequest], results: Sequence[_Result], last: bool
+    ) -> list[_Ended]:
+        """Encode a batch that starts at position ``first`` of its shard and make it outlive this process."""
+        rows, pictures = [], []
+        for position, (request, result) in enumerate(zip(batch, results, strict=True), first):
+            if isinstance(result, Refused):
+                rows.append(metadata_row(self.spec, self.job, shard.number, request, error=result.error))
+                continue
+            pixels, truncated = result
+            row = metadata_row(self.spec, self.job, shard.number, request, truncated=truncated)
+            try:
+                pictures.append(EncodedPicture(position, row, encode(pixels, self.spec.output.image, row)))
+            except (OSError, ValueError) as error:  # too large for its format, say
+                told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
+                row = metadata_row(self.spec, self.job, shard.number, request, error=told)
+            rows.append(row)
+        kept = self._committer.writer.keep(shard.number, pictures, last=last)
+        by_position = {picture.position: picture for picture in kept}
+        return [_Ended(row, by_position.get(position)) for position, row in enumerate(rows, first)]
+
+    def _recovered(
+        self, shard: Shard, first: int, batch: Sequence[ImageRequest], kept: Mapping[int, bytes]
+    ) -> list[_Ended]:
+        """A batch that an earlier writer finished."""
+        ended = []
+        truncated = self._truncated([request.prompt for request in batch])
+        for position, (request, cut) in enumerate(zip(batch, truncated, strict=True), first):
+            row = metadata_row(self.spec, self.job, shard.number, request, truncated=cut)
+            ended.append(_Ended(row, EncodedPicture(position, row, kept[position])))
+        return ended
+
+    def _truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts are longer than the model reads."""
+        limit = self.model.tokenizer.max_length
+        return [length > limit for length in self.model.tokenizer(prompts).lengths]
+
+
+def _environment(device: str, threads: int) -> dict[str, str]:
+    named = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "sdbatch": __version__,
+        "torch": str(torch.__version__),
+        "pillow": PIL.__version__,
+        "device": named,
+        "threads": str(threads),
+    }

@@ -1,0 +1,209 @@
+"""Reading prompt tables with Ray Data: every cell becomes text, every row keeps its place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from sdbatch.errors import InputError
+from sdbatch.prompts import SLICE_ROWS, InputFile, Table
+from sdbatch.spec import Input
+
+Row = dict[str, str | None]
+
+#: No line of a table may be longer than this.
+_BLOCK_BYTES = 8 << 20
+_LINE = "line"
+#: How much of a JSONL file is looked at to learn its columns.
+_HEAD_BYTES = 1 << 20
+
+
+def read_slices(source: Input, table: Table) -> Iterator[list[Row]]:
+    """The rows of the table in order, SLICE_ROWS at a time (the last slice may be shorter).
+
+    Rows have the spec's field names, ``keep:NAME`` for kept columns, and ``fault`` where a row is unreadable.
+    Raises InputError for a file that can't be read or lacks a column.
+    """
+    wanted = _wanted_columns(source)
+    check_columns(source, table)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    left = math.inf if source.limit is None else source.limit
+    to_text = partial(_to_text, wanted=wanted, lines=table.format == "jsonl")
+    try:
+        dataset = _dataset(table, wanted).map_batches(to_text, batch_format="pyarrow")
+        batch: Any
+        for batch in dataset.iter_batches(batch_size=SLICE_ROWS, batch_format="pyarrow"):
+            rows: list[Row] = batch.slice(0, int(min(left, len(batch)))).to_pylist()
+            left -= len(rows)
+            if rows:
+                yield rows
+            if left <= 0:
+                return
+    except (RayError, OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"input.uri: {source.uri} can't be read: {_root_cause(error)}") from None
+
+
+def check_columns(source: Input, table: Table) -> None:
+    """Raise InputError if the table's first file can't be opened or lacks a column that the spec names."""
+    first = table.files[0]
+    try:
+        names = _column_names(table.format, first)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"input.uri: {first.uri} can't be read as {table.format}: {error}") from None
+    for field, column in _wanted_columns(source).items():
+        where = f"input.keep: {field[5:]}" if field.startswith("keep:") else f"input.columns.{field}"
+        if names.count(column) == 0:
+            raise InputError(f"{where}: {first.name} has no column {column!r}; it has: {', '.join(map(repr, names))}")
+        if names.count(column) > 1:
+            raise InputError(f"{where}: {first.name} has {names.count(column)} columns {column!r}; rename all but one")
+
+
+def _wanted_columns(source: Input) -> dict[str, str]:
+    """Field (or ``keep:NAME``) → the table's column."""
+    fields = {"prompt": source.prompt_column, **source.columns}
+    return fields | {f"keep:{name}": column for name, column in source.kept.items()}
+
+
+def _column_names(form: str, file: InputFile) -> list[str]:
+    """The columns of a table; of lines of JSON, every key in the first lines."""
+    if form == "text":
+        return ["prompt"]
+    filesystem, path = _locate(file.uri)
+    with filesystem.open_input_file(path) as opened:
+        if form == "jsonl":
+            head = opened.read(_HEAD_BYTES)
+            lines = head.splitlines()[: None if len(head) < _HEAD_BYTES else -1]
+            found = [_json_object(line) for line in lines]
+            return list(dict.fromkeys(key for keys in found if not isinstance(keys, str) for key in keys))
+        if form == "parquet":
+            return [str(name) for name in pq.read_schema(opened).names]
+        options = pa.csv.ReadOptions(block_size=_BLOCK_BYTES)
+        reader = pa.csv.open_csv(opened, read_options=options, parse_options=_parse_options(form))
+        return [str(name) for name in reader.schema.names]
+
+
+def _dataset(table: Table, wanted: Mapping[str, str]) -> ray.data.Dataset:
+    located = [_locate(file.uri) for file in table.files]
+    filesystem, paths = located[0][0], [path for _, path in located]
+    columns = sorted(set(wanted.values()))
+    if table.format == "parquet":
+        dataset = ray.data.read_parquet(paths, filesystem=filesystem, file_extensions=None, partitioning=None)
+        return dataset.select_columns(columns)
+    # Cells are read as bytes and decoded one by one, so that a bad one is its row's fault and nobody else's.
+    kinds = {name: pa.binary() for name in columns}
+    if table.format in {"csv", "tsv"}:
+        read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
+        convert = pa.csv.ConvertOptions(include_columns=columns, column_types=kinds)
+    else:
+        read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False, column_names=[_LINE])
+        convert = pa.csv.ConvertOptions(column_types={_LINE: pa.binary()})
+    return ray.data.read_csv(
+        paths,
+        filesystem=filesystem,
+        partitioning=None,  # type: ignore[arg-type]
+        read_options=read,
+        parse_options=_parse_options(table.format),
+        convert_options=convert,
+    )
+
+
+def _parse_options(form: str) -> pa.csv.ParseOptions:
+    if form == "csv":
+        return pa.csv.ParseOptions(newlines_in_values=True)
+    if form == "tsv":  # https://www.iana.org/assignments/media-types/text/tab-separated-values: nothing is quoted
+        return pa.csv.ParseOptions(delimiter="\t", quote_char=False)
+    return pa.csv.ParseOptions(delimiter="\x1f", quote_char=False)  # whole lines
+
+
+def _to_text(batch: pa.Table, wanted: Mapping[str, str], lines: bool) -> pa.Table:
+    """Rename columns to fields and turn every cell into text. Runs in Ray's workers."""
+    if _LINE in batch.column_names:
+        whole = batch.column(_LINE).to_pylist()
+        rows = [_json_row(line, wanted) if lines else dict.fromkeys(wanted, line) for line in whole]
+    else:
+        rows = [{field: row[column] for field, column in wanted.items()} for row in batch.to_pylist()]
+    texts = [_text_row(row, wanted) for row in rows]
+    return pa.table({field: pa.array([row[field] for row in texts], pa.string()) for field in (*wanted, "fault")})
+
+
+def _json_row(line: bytes, wanted: Mapping[str, str]) -> dict[str, Any]:
+    content = _json_object(line)
+    if isinstance(content, str):
+        return {"fault": content}
+    return {field: content.get(column) for field, column in wanted.items()}
+
+
+def _json_object(line: bytes) -> dict[str, Any] | str:
+    """The object on a line of JSON, or why there is none."""
+    try:
+        content = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except UnicodeDecodeError:
+        return "is not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
+    return content if isinstance(content, dict) else "is not a JSON object"
+
+
+def _text_row(row: Mapping[str, Any], wanted: Mapping[str, str]) -> Row:
+    """The row's cells as text, and its fault if one of them is none."""
+    texts: Row = {"fault": row.get("fault")}
+    for field in wanted:
+        cell = row.get(field)
+        if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+            texts[field] = None
+        elif isinstance(cell, bytes):
+            try:
+                texts[field] = cell.decode("utf-8")
+            except UnicodeDecodeError:
+                texts[field] = cell.decode("utf-8", "replace")
+                texts["fault"] = f"{field.removeprefix('keep:')} is not UTF-8 text"
+        elif isinstance(cell, str):
+            texts[field] = cell.encode("utf-8", "replace").decode()  # lone surrogates, which JSON can smuggle in
+        elif isinstance(cell, bool | int | float | list | dict):
+            texts[field] = json.dumps(cell, ensure_ascii=False, default=str)
+        else:  # decimals, dates, UUIDs
+            texts[field] = str(cell)
+    return texts
+
+
+def _locate(uri: str) -> tuple[pa.fs.FileSystem, str]:
+    """The file system that a file lies on, and its path there."""
+    if not uri.startswith("s3://"):
+        return pa.fs.LocalFileSystem(), uri
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = endpoint.rpartition("://")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    filesystem = pa.fs.S3FileSystem(
+        endpoint_override=host or None,
+        scheme=scheme or "https",
+        region=region or ("us-east-1" if host else None),
+        connect_timeout=5,
+        request_timeout=30,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=8),
+    )
+    return filesystem, uri.removeprefix("s3://")
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of the error at the bottom, without Ray's traceback."""
+    messages = [str(error)]
+    while (below := getattr(error, "cause", None) or error.__cause__) is not None and below is not error:
+        error = below
+        messages.append(str(error))
+    told = [" ".join(message.split()) for message in messages if "Traceback" not in message and message]
+    return " ".join(told[-2:]) if told else messages[-1].strip().splitlines()[-1]

@@ -1,0 +1,18 @@
+"""Picture files, the shards they are stored in, and the metadata table."""
+
+from sdbatch.outputs.encoding import encode, parameters
+from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
+from sdbatch.outputs.shards import FORMATS, EncodedPicture, ShardWriter, StoredPicture, read_pictures
+
+__all__ = [
+    "FORMATS",
+    "EncodedPicture",
+    "ShardWriter",
+    "StoredPicture",
+    "decode_metadata",
+    "encode",
+    "encode_metadata",
+    "metadata_key",
+    "parameters",
+    "read_pictures",
+]

@@ -1,0 +1,125 @@
+"""Prompt tables: which files an input names, and what each must look like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdbatch.errors import InputError, StorageError
+from sdbatch.spec import Input
+from sdbatch.storage import Entry, Store, open_store
+
+ENDINGS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the table; ``version`` changes when its bytes do."""
+
+    name: str  # below the input's root
+    uri: str
+    bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The files of an input in the order of their names, all of one format."""
+
+    format: str
+    files: tuple[InputFile, ...]
+
+
+def find_table(source: Input) -> Table:
+    """Look up the files that ``source.uri`` names. Raises InputError where there are none, or of two kinds."""
+    try:
+        root, entries = _matching(source)
+        if not entries:
+            raise InputError(
+                f"input.uri: {_absolute(source.uri)} names no table; check the path and the files' endings"
+            )
+        kinds = {entry.key: source.format or _format(entry.key) for entry in entries}
+        if len(set(kinds.values())) > 1:
+            told = ", ".join(f"{key} ({kind})" for key, kind in list(kinds.items())[:4])
+            raise InputError(
+                f"input.uri: {source.uri} mixes formats: {told}; narrow it by a glob such as {source.uri}/*.csv"
+            )
+        files = [
+            InputFile(entry.key, f"{root.uri}/{entry.key}", entry.size, root.version(entry.key)) for entry in entries
+        ]
+    except StorageError as error:
+        raise InputError(f"input.uri: {error}") from None
+    return Table(kinds[files[0].name], tuple(files))
+
+
+def changed_files(before: Sequence[dict[str, object]], now: Table) -> list[str]:
+    """What differs between the files a plan was made from and those of today, in words."""
+    old = {str(file["name"]): file for file in before}
+    new = {file.name: file for file in now.files}
+    if len(old) == len(new) == 1:  # one file under another name is the same input if its bytes are
+        (old_name,), (new_name,) = old, new
+        old = {new_name: old[old_name]}
+    told = [f"input: {name} is gone" for name in sorted(old.keys() - new.keys())]
+    told += [f"input: {name} is new" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(old.keys() & new.keys()):
+        if old[name]["version"] != new[name].version:
+            told.append(f"input: {name} changed ({old[name]['bytes']} → {new[name].bytes} bytes)")
+    return told
+
+
+def _matching(source: Input) -> tuple[Store, list[Entry]]:
+    """The store at the part of the URI without wildcards, and the objects below it that match."""
+    uri = source.uri
+    wild = re.search(r"[*?\[]", uri)
+    if wild:
+        fixed = uri[: wild.start()].rpartition("/")[0]
+        root = open_store(fixed or ("/" if uri.startswith("/") else "."))
+        pattern = _glob(uri[len(fixed) :].lstrip("/"))
+        return root, [entry for entry in root.list() if pattern.fullmatch(entry.key)]
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    if name and parent not in {"s3:", "s3:/"}:
+        single = open_store(parent or ("/" if uri.startswith("/") else "."))
+        if single.exists(name):
+            return single, [entry for entry in single.list(name) if entry.key == name]
+    folder = open_store(uri)
+    entries = [entry for entry in folder.list() if not re.search(r"(^|/)[._]", entry.key)]
+    return folder, [entry for entry in entries if source.format or _ending(entry.key) in ENDINGS]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """``*`` and ``?`` stay within a folder, ``**/`` crosses folders, ``[ab]`` and ``[!ab]`` choose characters."""
+    translated = ""
+    for part in re.findall(r"\*\*/|\*|\?|\[[^\]]+\]|.", pattern):
+        if part.startswith("[") and len(part) > 2:
+            translated += "[^" + part[2:] if part.startswith("[!") else part
+        else:
+            translated += {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}.get(part) or re.escape(part)
+    try:
+        return re.compile(translated)
+    except re.error as error:
+        raise InputError(f"input.uri: {pattern} is no pattern: {error}") from None
+
+
+def _format(key: str) -> str:
+    ending = _ending(key)
+    if ending not in ENDINGS:
+        formats = ", ".join(sorted(set(ENDINGS.values())))
+        raise InputError(f"input.uri: {key}: the ending tells no format; set input.format to one of {formats}")
+    return ENDINGS[ending]
+
+
+def _ending(key: str) -> str:
+    return "." + key.lower().rpartition("/")[2].rpartition(".")[2]
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else open_store(uri).uri

@@ -1,0 +1,87 @@
+"""A page of pictures: one HTML file that opens from anywhere, for the pictures are inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import jinja2
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sdbatch.ledger import Job, read_commits, read_job
+from sdbatch.ledger.progress import summarise
+from sdbatch.storage import Store
+
+Read = Callable[[Store, Iterable[str]], dict[str, bytes]]
+
+GALLERY_KEY = "gallery.html"
+_THUMBNAIL = 256
+_PARAMETERS = ("seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Where the page is and what it shows."""
+
+    uri: str
+    shown: int
+    committed: int
+    quarantined: int
+
+
+def write_gallery(store: Store, read_pictures: Read, limit: int) -> Gallery:
+    """Write the page of the first ``limit`` pictures; ``read_pictures`` finds pictures by their paths."""
+    job, records = read_job(store), list(read_commits(store))
+    status = summarise(store.uri, job, records)
+    rows = _rows(store, (record.metadata_key for record in records))
+    made = list(islice((row for row in rows if row["status"] == "committed"), limit))
+    pictures = read_pictures(store, [row["path"] for row in made])
+    cards = [_card(row, pictures[row["path"]], job) for row in made if pictures.get(row["path"])]
+    failures = [failure for record in records for failure in record.failures]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sdbatch.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("gallery.html.j2").render(
+        status=status,
+        cards=cards,
+        failures=failures[:limit],
+        failed=len(failures),
+        model=made[0]["model"] if made else job.spec["model"]["uri"],
+        job=job,
+    )
+    store.put(GALLERY_KEY, page.encode())
+    return Gallery(f"{store.uri}/{GALLERY_KEY}", len(cards), status.committed, status.quarantined)
+
+
+def _rows(store: Store, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for key in keys:
+        yield from pq.read_table(io.BytesIO(store.get(key))).to_pylist()
+
+
+def _card(row: dict[str, Any], data: bytes, job: Job) -> dict[str, Any]:
+    return {
+        "row": row,
+        "source": _data_uri(data),
+        "parameters": {name: row[name] for name in _PARAMETERS if row[name] not in ("", None)},
+        "kept": {name: row[name] for name in _kept(job) if row[name]},
+    }
+
+
+def _kept(job: Job) -> list[str]:
+    return list(job.spec["input"]["keep"])
+
+
+def _data_uri(data: bytes) -> str:
+    """The picture, made smaller if it is large, as a URI that holds it."""
+    picture = Image.open(io.BytesIO(data))
+    if max(picture.size) > _THUMBNAIL:
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, "JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{(picture.format or 'png').lower()};base64," + base64.b64encode(data).decode()

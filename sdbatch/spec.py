@@ -1,0 +1,297 @@
+"""The job spec: what a person writes to have pictures made."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from sdbatch.errors import Problem, SpecError
+
+SamplerName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras"]
+
+#: Fields of an image request that a column of the table may give, row by row.
+MAPPABLE = (
+    "id",
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "sampler",
+    "num_images_per_prompt",
+)
+
+#: Columns of the metadata table; a user's column can't be kept under one of these names.
+METADATA_COLUMNS = (
+    "image_id",
+    "row_id",
+    "shard",
+    "prompt",
+    "template",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "sampler",
+    "truncated",
+    "model",
+    "model_sha256",
+    "path",
+    "file_name",
+    "bytes",
+    "sha256",
+    "status",
+    "error",
+    "image",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input(Section):
+    """The prompt table."""
+
+    uri: str = Field(min_length=1, description="A file, a folder or a glob; local or s3://")
+    format: Literal["parquet", "csv", "tsv", "jsonl", "text"] | None = Field(
+        None, description="Told by the file's ending when left out"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description=f"Field → column of the table; fields: {', '.join(MAPPABLE)}"
+    )
+    keep: list[str] | dict[str, str] = Field(
+        default_factory=list, description="Columns carried into the metadata: a list, or new name → column"
+    )
+    limit: int | None = Field(None, ge=1, description="Use only this many rows, from the top")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in MAPPABLE:
+                raise ValueError(f"'{name}' is no field that a column can give; {_suggest(name, MAPPABLE)}")
+        return columns
+
+    @field_validator("keep")
+    @classmethod
+    def _free_names(cls, keep: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        names = list(keep)
+        for name in names:
+            if name in METADATA_COLUMNS:
+                raise ValueError(
+                    f"'{name}' is a metadata column of sdbatch; keep yours under another name, "
+                    f"such as keep: {{my_{name}: {name}}}"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError("names a column twice")
+        return keep
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Name in the metadata → column of the table."""
+        return self.keep if isinstance(self.keep, dict) else {name: name for name in self.keep}
+
+    @property
+    def prompt_column(self) -> str:
+        return self.columns.get("prompt", "prompt")
+
+
+class Prompt(Section):
+    """How rows become prompts."""
+
+    max_characters: int = Field(4000, ge=1, description="A row with a longer prompt is quarantined")
+
+
+class Model(Section):
+    """The checkpoint that makes the pictures."""
+
+    uri: str = Field("builtin:shapes", min_length=1, description="builtin:NAME or a folder in the diffusers layout")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Number format of the weights")
+
+    @property
+    def name(self) -> str:
+        """What results call the model: wherever its folder lies, the same."""
+        return self.uri if self.uri.startswith("builtin:") else self.uri.rstrip("/").rpartition("/")[2]
+
+
+class Generate(Section):
+    """Defaults for every image request; a mapped column overrides them row by row."""
+
+    num_images_per_prompt: int = Field(1, ge=1, le=10_000, description="Pictures a row, each with a seed of its own")
+    num_inference_steps: int = Field(20, ge=1, le=1000, description="Denoising steps")
+    guidance_scale: float = Field(5.0, ge=0, allow_inf_nan=False, description="Classifier-free guidance; ≤ 1: none")
+    negative_prompt: str = Field("", description="What pictures should not show")
+    sampler: SamplerName = Field("dpmpp_2m", description="How noise becomes a latent")
+    seed: int = Field(0, ge=0, lt=2**63, description="Every image's seed is derived from this one and its row's id")
+    width: int | None = Field(None, gt=0, le=16384, description="Pixels; the model's own size when left out")
+    height: int | None = Field(None, gt=0, le=16384, description="Pixels; the model's own size when left out")
+    round_size: Literal["nearest", "down", "up"] | None = Field(
+        None, description="Round sizes that are no multiple of 8; left out, they are an error"
+    )
+
+
+class Picture(Section):
+    """How a picture is encoded."""
+
+    type: Literal["png", "jpeg", "webp"] = Field("png", description="File format")
+    quality: int = Field(90, ge=1, le=100, description="Of jpeg and webp")
+
+
+class Output(Section):
+    """Where pictures and metadata go."""
+
+    uri: str = Field(min_length=1, description="A folder or s3://bucket/prefix")
+    format: Literal["images", "webdataset", "parquet"] = Field("images", description="Form of the shards")
+    image: Picture = Field(default_factory=lambda: Picture())
+    shard_size: int = Field(64, ge=1, le=100_000, description="Images a shard: the unit of work and of commit")
+
+
+class Failures(Section):
+    """When to give up."""
+
+    max_failed_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Stop when more than this fraction of the planned images (and more than 10) failed while being "
+        "made. Rows refused at plan time do not count",
+    )
+    max_attempts: int = Field(3, ge=1, le=100, description="Times a shard is tried when its actor dies")
+
+
+class Resources(Section):
+    """The pool that does the work."""
+
+    actors: int = Field(1, ge=1, le=10_000, description="Generator actors, each with the whole model")
+    gpus_per_actor: float = Field(0, ge=0, le=8, description="0: on the CPU")
+    cpus_per_actor: int = Field(1, ge=1, le=256, description="CPUs, and threads of the model when it runs there")
+    batch_size: int = Field(8, ge=1, le=1024, description="Images that the model computes at once")
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_actor > 0 else "cpu"
+
+
+class JobSpec(Section):
+    """A job: rows of a prompt table in, pictures and metadata out."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        description="Letters, digits, dot, dash, underscore"
+    )
+    input: Input
+    prompt: Prompt = Field(default_factory=lambda: Prompt())
+    model: Model = Field(default_factory=lambda: Model())
+    generate: Generate = Field(default_factory=lambda: Generate())
+    output: Output
+    failures: Failures = Field(default_factory=lambda: Failures())
+    resources: Resources = Field(default_factory=lambda: Resources())
+
+    def deciding(self) -> dict[str, Any]:
+        """The part of the spec that decides what is made: a resumed job may not change it.
+
+        Where things lie and who does the work may change; names of columns, numbers and weights may not.
+        """
+        fields = self.model_dump(mode="json")
+        del fields["name"], fields["failures"], fields["resources"]["actors"]
+        del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"]
+        return fields
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job spec from a YAML file; each override is ``field.path=value``, the value in YAML.
+
+    Raises SpecError with every mistake at once.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(str(path), [Problem("file", f"{path.absolute()} does not exist")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(str(path), [Problem("file", f"can't be read: {error}")]) from None
+    except yaml.YAMLError as error:
+        raise SpecError(str(path), [Problem("file", "is not YAML: " + " ".join(str(error).split()))]) from None
+    if not isinstance(raw, dict):
+        raise SpecError(str(path), [Problem("file", "should hold a mapping with name, input and output")])
+    for override in overrides:
+        _override(raw, override)
+    return parse_spec(raw, str(path))
+
+
+def parse_spec(raw: Mapping[str, Any], source: str = "job spec") -> JobSpec:
+    """Check a spec that is already a mapping; raises SpecError with every mistake at once."""
+    try:
+        return JobSpec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(source, [_problem(details) for details in error.errors(include_url=False)]) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    field, equals, value = override.partition("=")
+    keys = field.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError("--set", [Problem(override, "should read field.path=value, as in generate.seed=7")])
+    section: Any = raw
+    for key in keys[:-1]:
+        section[key] = {} if section.get(key) is None else section[key]
+        section = section[key]
+        if not isinstance(section, dict):
+            raise SpecError("--set", [Problem(field, f"'{key}' is a value, it has no fields")])
+    try:
+        section[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SpecError("--set", [Problem(field, f"the value {value!r} is not YAML")]) from None
+
+
+# -- from pydantic's errors to words --------------------------------------------------------------------------
+
+
+def _problem(details: ErrorDetails) -> Problem:
+    place = [str(part) for part in details["loc"] if not re.match(r"(list|dict)\[", str(part))]
+    field, kind, given = ".".join(place), details["type"], details.get("input")
+    if kind == "extra_forbidden":
+        return Problem(field, "no such field", _suggest(place[-1], _fields_at(place[:-1])))
+    if kind == "missing":
+        return Problem(field, "is required")
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
+        return Problem(field, f"is {given!r}", _suggest(str(given), expected))
+    if kind == "string_pattern_mismatch":
+        return Problem(
+            field, f"is {given!r}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first"
+        )
+    if kind == "value_error":
+        return Problem(field, details["msg"].removeprefix("Value error, "))
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    shown = repr(given) if isinstance(given, str | int | float | bool | type(None)) else type(given).__name__
+    return Problem(field, f"is {shown}; {message.replace('input ', '')}")
+
+
+def _fields_at(place: Sequence[str]) -> list[str]:
+    """The field names that a section of the spec has."""
+    model: type[BaseModel] = JobSpec
+    for part in place:
+        annotation = model.model_fields[part].annotation
+        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in inner if issubclass(kind, BaseModel)]
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"there is: {', '.join(known)}"

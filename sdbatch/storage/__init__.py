@@ -1,0 +1,21 @@
+"""Object stores behind one small interface: a local folder or S3."""
+
+from __future__ import annotations
+
+from sdbatch.errors import StorageError
+from sdbatch.storage.local import LocalStore
+from sdbatch.storage.s3 import S3Store
+from sdbatch.storage.store import Entry, Store
+
+__all__ = ["Entry", "LocalStore", "S3Store", "Store", "open_store"]
+
+
+def open_store(uri: str) -> Store:
+    """The store at a folder path, ``file://`` or ``s3://bucket/prefix``."""
+    if uri.startswith("s3://"):
+        return S3Store(uri)
+    if uri.startswith("file://"):
+        return LocalStore(uri.removeprefix("file://"))
+    if "://" in uri:
+        raise StorageError(f"'{uri}': no store of that kind; use a folder or s3://bucket/prefix")
+    return LocalStore(uri)

@@ -1,0 +1,66 @@
+"""One small interface to a folder somewhere: on disk or in an object store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sdbatch.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object's key below the store's root, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class Store(ABC):
+    """Objects by key ("a/b.png") below one root. No reader ever sees half an object.
+
+    Raises ObjectNotFound for a key that is not there and StorageError when the store fails for good.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def get(self, key: str) -> bytes:
+        """The object's bytes."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Store the object whole, replacing what was there."""
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Store the object unless there is one; of several writers exactly one succeeds.
+
+        True if the object that is stored now has these very bytes, whoever put them there; False if
+        another one was there first.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose key starts with ``prefix``, in the order of their keys."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens where there is none."""
+
+    @abstractmethod
+    def version(self, key: str) -> str:
+        """A word that changes when the object's bytes do."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Is there an object under this very key?"""
+
+
+def check_key(key: str) -> str:
+    """Refuse a key that could leave the root."""
+    parts = key.split("/")
+    if not key or "\0" in key or any(part in {"", ".", ".."} for part in parts):
+        raise StorageError(f"'{key}' is not a key")
+    return key

@@ -1,0 +1,45 @@
+"""The networks of the built-in model, and the noise schedule that they learn."""
+
+from __future__ import annotations
+
+from sdbatch.diffusion.schedule import NoiseSchedule
+from sdbatch.diffusion.text_encoder import TextEncoderConfig
+from sdbatch.diffusion.unet import UNetConfig
+from sdbatch.diffusion.vae import VAEConfig
+
+MAX_TOKENS = 48
+
+SCHEDULE = NoiseSchedule(
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    timestep_spacing="trailing",
+    steps_offset=1,
+    set_alpha_to_one=True,
+)
+VAE_CONFIG = VAEConfig(
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    scaling_factor=1.0,
+    mid_block_add_attention=False,
+)
+UNET_CONFIG = UNetConfig(
+    block_out_channels=(48, 96, 128),
+    attention=(False, True, True),
+    num_attention_heads=(2, 3, 4),
+    layers_per_block=1,
+    cross_attention_dim=128,
+    norm_num_groups=16,
+    sample_size=16,
+)
+
+
+def text_config(vocab_size: int) -> TextEncoderConfig:
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+    )

@@ -1,0 +1,120 @@
+"""What tests share: a job in a temporary folder, the command line, an S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import hypothesis
+import pytest
+import torch
+import yaml
+
+from tests.s3_server import ACCESS_KEY, SECRET_KEY
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("sdbatch", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("sdbatch")
+
+Json = dict[str, Any]
+
+
+class CommandLine:
+    """``sdbatch`` in a process of its own, as a user runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sdbatch", *map(str, arguments)],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
+        assert "Traceback" not in err, err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def json(self, *arguments: str | Path, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def sdbatch(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path)
+
+
+@pytest.fixture
+def write_job(tmp_path: Path) -> Callable[..., Path]:
+    """Writes job.yaml: a small, quick job on the built-in model, with sections overridden by keyword."""
+
+    def write(**sections: Json) -> Path:
+        spec: Json = {
+            "name": "test",
+            "input": {"uri": str(tmp_path / "prompts.csv")},
+            "model": {"uri": "builtin:shapes"},
+            "generate": {"num_inference_steps": 2, "seed": 7},
+            "output": {"uri": str(tmp_path / "out"), "shard_size": 8},
+            "resources": {"actors": 1, "batch_size": 4},
+        }
+        for name, section in sections.items():
+            spec[name] = {**spec.get(name, {}), **section} if isinstance(section, dict) else section
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 server; the AWS variables point at it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / "s3_server.py", str(port)])
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server does not start"
+            time.sleep(0.1)
+    yield settings["AWS_ENDPOINT_URL"]
+    process.terminate()
+    process.wait(10)
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def bucket(s3_server: str) -> str:
+    """A new bucket's name."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name

@@ -1,0 +1,147 @@
+"""A generator by itself, with the built-in model and without Ray: what it redoes, and what it blames on whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdbatch.engine.generator import Generator, Refused
+from sdbatch.engine.planner import _shards_of
+from sdbatch.ledger import Job, Shard, verify, write_job, write_slice
+from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
+from sdbatch.prompts import ImageRequest, RowIds, cut, requests_of_slice, to_table
+from sdbatch.spec import Picture, parse_spec
+from sdbatch.storage import LocalStore
+
+
+class Planned:
+    """Seven prompts in one shard: two batches of three and one padded batch of one."""
+
+    def __init__(self, root: Path, form: str = "images") -> None:
+        self.spec = parse_spec(
+            {
+                "name": "t",
+                "input": {"uri": "x.csv"},
+                "generate": {"num_inference_steps": 2},
+                "output": {"uri": str(root), "format": form, "shard_size": 8},
+                "resources": {"batch_size": 3},
+            }
+        )
+        self.store = LocalStore(root)
+        rows: list[dict[str, str | None]] = [{"prompt": f"a red circle {i}"} for i in range(7)]
+        self.requests = requests_of_slice(rows, 0, self.spec, (64, 64), RowIds(False))
+        runs = cut(self.requests, 8)
+        (self.shard,) = _shards_of(runs, first=0, number=0)
+        job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], "f" * 64, {}, 7, 0, 1)
+        write_slice(self.store, job.fingerprint, 0, to_table(self.requests, []))
+        self.job = write_job(self.store, job, [self.shard])
+
+    def generator(self) -> Generator:
+        generator = Generator(self.spec.model_dump(mode="json"), self.job)
+        generator.load()
+        return generator
+
+    def sums(self) -> list[str]:
+        return [row["sha256"] for row in decode_metadata(self.store.get("metadata/0000000.parquet"))]
+
+
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    planned = Planned(tmp_path_factory.mktemp("peaceful"))
+    receipt = planned.generator().run_shard(planned.shard)
+    assert (receipt.committed, receipt.batches) == (7, 3)
+    return planned.sums()
+
+
+class Killed(BaseException):
+    """Ends the generator where a SIGKILL might have."""
+
+
+@pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
+def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, peaceful: list[str]) -> None:
+    planned = Planned(tmp_path, form)
+    dying = planned.generator()
+    make, calls = dying._make, []
+
+    def die_in_the_second_batch(batch: Sequence[ImageRequest]) -> Any:
+        calls.append(batch)
+        if len(calls) == 2:
+            dying._finishers.shutdown(wait=True)
+            raise Killed
+        return make(batch)
+
+    dying._make = die_in_the_second_batch  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        dying.run_shard(planned.shard)
+
+    receipt = planned.generator().run_shard(planned.shard)
+    assert (receipt.committed, receipt.batches) == (7, 2)
+    assert planned.sums() == peaceful
+    assert verify(planned.store, read_pictures, lambda done, total: None).ok
+    assert list(planned.store.list("_sdbatch/batches/")) == []
+
+
+def test_a_request_that_fails_alone_is_refused_and_its_neighbours_keep_their_bytes(
+    tmp_path: Path, peaceful: list[str]
+) -> None:
+    planned = Planned(tmp_path)
+    generator = planned.generator()
+    compute = generator._compute
+
+    def fail_on_request_1(slots: Sequence[ImageRequest | None]) -> Any:
+        if any(request is not None and request.prompt.endswith(" 1") for request in slots):
+            raise RuntimeError("this request and no other")
+        return compute(slots)
+
+    generator._compute = fail_on_request_1  # type: ignore[method-assign]
+    receipt = generator.run_shard(planned.shard)
+    assert (receipt.committed, receipt.quarantined, receipt.failed_making) == (6, 1, 1)
+    rows = decode_metadata(planned.store.get("metadata/0000000.parquet"))
+    assert rows[1]["error"] == "RuntimeError: this request and no other"
+    assert [row["sha256"] for row in rows[:1] + rows[2:]] == peaceful[:1] + peaceful[2:]
+
+
+def test_a_picture_that_is_not_finite_is_refused_and_no_other(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    generator = planned.generator()
+    batch = [planned.requests[0], dataclasses.replace(planned.requests[1], guidance_scale=1e38), planned.requests[2]]
+    results = generator._make(batch)
+    assert [isinstance(result, Refused) for result in results] == [False, True, False]
+    assert (results[0][0] == generator._make(planned.requests[:3])[0][0]).all()
+
+
+def test_a_cut_prompt_is_recorded(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    generator = planned.generator()
+    long = dataclasses.replace(planned.requests[0], prompt="a red circle " * 40)
+    ended = generator._finish(planned.shard, 0, [long], generator._make([long]), True)
+    assert ended[0].row["truncated"] is True
+    assert isinstance(ended[0].picture, EncodedPicture)
+
+
+def test_a_picture_that_its_format_cannot_hold_is_refused(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    generator = planned.generator()
+    generator.spec = generator.spec.model_copy(
+        update={"output": generator.spec.output.model_copy(update={"image": Picture(type="jpeg")})}
+    )
+    wordy = dataclasses.replace(planned.requests[0], negative_prompt="x" * 40_000)
+    (ended,) = generator._finish(planned.shard, 0, [wordy], generator._make([wordy]), True)
+    assert ended.picture is None
+    assert "can't be encoded as jpeg" in ended.row["error"]
+
+
+def test_a_committed_shard_is_not_made_again(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    first = planned.generator().run_shard(planned.shard)
+    again = planned.generator().run_shard(planned.shard)
+    assert (first.batches, again.batches) == (3, 0)
+    assert again.committed == 7
+
+
+def test_a_shard_is_described_by_its_place_and_shape(tmp_path: Path) -> None:
+    assert Planned(tmp_path).shard == Shard(0, 0, 0, 7, True, 64, 64, 2, "dpmpp_2m", True)

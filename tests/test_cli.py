@@ -1,0 +1,48 @@
+"""The command line itself: help for everything, the schema, the version, texts of users in a terminal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sdbatch import __version__, cli
+
+COMMANDS = ("validate", "plan", "run", "status", "verify", "errors", "gallery", "train", "schema")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call([command, "--help"]) == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.call(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+    assert {command.callback.__name__ for command in cli.app.registered_commands if command.callback} == set(COMMANDS)
+
+
+def test_schema_prints_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) >= {"name", "input", "model", "generate", "output", "failures", "resources"}
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"sdbatch {__version__}"
+
+
+@pytest.mark.parametrize("arguments", [["statos"], ["status"], ["run", "a", "b"], ["gallery", "x", "--limit", "0"]])
+def test_usage_errors_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(arguments) == 2
+    assert "sdbatch --help" in capsys.readouterr().err
+
+
+def test_errors_come_as_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["status", "nowhere/at/all", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "OutputError"
+    assert "holds no job" in told["error"]

@@ -1,0 +1,61 @@
+"""The house rules that a machine can check: who imports whom, and what must stay out."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sdbatch"
+
+#: Room → the rooms it may import.
+MAY_IMPORT = {
+    "errors": set(),
+    "spec": {"errors"},
+    "diffusion": {"errors"},
+    "storage": {"errors"},
+    "prompts": {"errors", "spec", "storage"},
+    "outputs": {"errors", "spec", "storage"},
+    "ledger": {"errors", "spec", "storage"},
+    "engine": {"errors", "spec", "diffusion", "storage", "prompts", "outputs", "ledger"},
+    "report": {"errors", "ledger", "storage"},
+    "training": {"errors", "diffusion"},
+    "cli": {"errors", "spec", "diffusion", "storage", "prompts", "outputs", "ledger", "engine", "report", "training"},
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    room = parts[0]
+    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("sdbatch.")}
+    used = {name for name in rooms if name in MAY_IMPORT} - {room}
+    assert used <= MAY_IMPORT[room], f"{room} imports {sorted(used - MAY_IMPORT[room])}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_oracle_and_no_pickle_in_the_package(path: Path) -> None:
+    for name in imports(path):
+        assert name.split(".")[0] not in {"diffusers", "transformers", "pickle", "moto"}
+    assert not re.search(r"\btorch\.load\(", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("room", ["diffusion", "training"])
+def test_model_and_trainer_need_no_ray(room: str) -> None:
+    code = f"import sys; sys.modules['ray'] = None; import sdbatch.{room}; from sdbatch.training import trainer"
+    subprocess.run([sys.executable, "-c", code], check=True)
