@@ -20,10 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Check a job spec, its input, model and output, and say every mistake."""
-    from sdbatch import engine  # Ray and torch take seconds to import: only where they are needed
+    from sdbatch.engine.planner import prepare  # Ray and torch take seconds to import: only where they are needed
 
     spec = load_spec(job, set_)
-    prepared = engine.prepare(spec)
+    prepared = prepare(spec)
     size = sum(file.bytes for file in prepared.table.files)
     if as_json:
         print_json({"ok": True, "name": spec.name, "files": len(prepared.table.files), "bytes": size})
@@ -40,11 +40,11 @@ def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: 
 
 def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Plan a job without making anything: count its images, shards and batches."""
-    from sdbatch import engine
+    from sdbatch.engine import runner
 
     spec = load_spec(job, set_)
     with watching() as watch:
-        planned, shards = engine.plan(spec, watch)
+        planned, shards = runner.plan(spec, watch)
     size = spec.resources.batch_size
     makeable = [shard for shard in shards if shard.makeable]
     batches = sum(-(-shard.count // size) for shard in makeable)
@@ -82,11 +82,11 @@ def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
 
 def run(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Run a job; the same command goes on where a stopped run ended."""
-    from sdbatch import engine
+    from sdbatch.engine import runner
 
     spec = load_spec(job, set_)
     with watching() as watch:
-        outcome = engine.run(spec, watch)
+        outcome = runner.run(spec, watch)
     status = outcome.status
     rate = outcome.images / outcome.making_seconds if outcome.making_seconds else 0.0
     if as_json:

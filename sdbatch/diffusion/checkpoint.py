@@ -14,7 +14,8 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.text_encoder import TextEncoderConfig
@@ -63,6 +65,25 @@ def fingerprint(folder: Path) -> str:
 
 
 # -- reading ---------------------------------------------------------------------------------------------
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips ``torch.nn.init``, whose random numbers the weights would only replace."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """Networks built in here have shapes, but neither memory nor values, until ``assign`` gives them weights."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

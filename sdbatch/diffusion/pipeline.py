@@ -33,7 +33,7 @@ class ModelInfo:
 def describe(uri: str) -> ModelInfo:
     """Look a model up without loading it. Raises ModelError where a part of it is missing."""
     folder = checkpoint.resolve(uri)
-    with torch.device("meta"):
+    with checkpoint.skeletons():
         unet = UNet(checkpoint.read_unet_config(folder / "unet/config.json"))
         vae = VAE(checkpoint.read_vae_config(folder / "vae/config.json"))
         text_encoder = TextEncoder(checkpoint.read_text_config(folder / "text_encoder/config.json"))
@@ -72,7 +72,7 @@ class LatentDiffusion:
         if dtype not in DTYPES:
             raise ModelError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}")
         folder, kind = checkpoint.resolve(str(uri)), DTYPES[dtype]
-        with torch.device("meta"):
+        with checkpoint.skeletons():
             text_encoder = TextEncoder(checkpoint.read_text_config(folder / "text_encoder/config.json"))
             unet = UNet(checkpoint.read_unet_config(folder / "unet/config.json"))
             vae = VAE(checkpoint.read_vae_config(folder / "vae/config.json"))

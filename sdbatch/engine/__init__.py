@@ -1,6 +1,5 @@
-"""The part that runs on Ray: planning, the pool of generators, the run itself."""
+"""The part that runs on Ray: planning (``planner``), the pool of generators (``pool``), the run itself (``runner``).
 
-from sdbatch.engine.planner import prepare
-from sdbatch.engine.runner import Outcome, Snapshot, Watch, plan, run
-
-__all__ = ["Outcome", "Snapshot", "Watch", "plan", "prepare", "run"]
+Nothing is imported here, because Ray's workers import this package to read tables, and torch would cost each of
+them two seconds.
+"""
