@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ import pytest
 import torch
 import yaml
 
+from sdbatch import cli
+from sdbatch.engine.cluster import ray_session
+from sdbatch.spec import Resources
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 torch.set_num_threads(1)
@@ -28,11 +34,39 @@ hypothesis.settings.load_profile("sdbatch")
 Json = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 class CommandLine:
-    """``sdbatch`` in a process of its own, as a user runs it."""
+    """``sdbatch`` as a function: the same code in this process, on the tests' own Ray, seconds sooner."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> Ended:
+        ended = self._run([str(argument) for argument in arguments])
+        assert ended.code == code, f"exit code {ended.code}, not {code}\n{ended.stdout}\n{ended.stderr}"
+        assert "Traceback" not in ended.stderr, ended.stderr
+        return ended
+
+    def json(self, *arguments: str | Path, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+    def _run(self, arguments: list[str]) -> Ended:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.call(arguments)
+        return Ended(code, out.getvalue(), err.getvalue())
+
+
+class Shell(CommandLine):
+    """``sdbatch`` in a process of its own with a Ray of its own, as a user runs it, and as it can be killed."""
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -44,20 +78,27 @@ class CommandLine:
             start_new_session=True,
         )
 
-    def __call__(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def _run(self, arguments: list[str]) -> Ended:
         process = self.start(*arguments)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
-        assert "Traceback" not in err, err
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return Ended(process.returncode, out, err)
 
-    def json(self, *arguments: str | Path, code: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+@pytest.fixture(scope="session")
+def ray_here(s3_server: str) -> Iterator[None]:
+    """Ray in this process, for all tests that need not kill it. Its workers know the S3 server."""
+    with ray_session(Resources(actors=3)):
+        yield
 
 
 @pytest.fixture
-def sdbatch(tmp_path: Path) -> CommandLine:
+def sdbatch(tmp_path: Path, ray_here: None) -> CommandLine:
     return CommandLine(tmp_path)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -13,19 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdbatch.engine.cluster import ray_session
 from sdbatch.engine.reading import Row, read_slices
 from sdbatch.errors import InputError
 from sdbatch.prompts import find_table
-from sdbatch.spec import Input, Resources
+from sdbatch.spec import Input
 
 ROWS = 40_000  # more than two slices
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_started(s3_server: str) -> Iterator[None]:
-    with ray_session(Resources(actors=1)):
-        yield
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 def read(uri: Path | str, **settings: object) -> list[list[Row]]:

@@ -26,7 +26,7 @@ from PIL import Image
 from sdbatch.diffusion import LatentDiffusion
 from sdbatch.prompts import image_seed
 from sdbatch.storage import LocalStore, Store, open_store
-from tests.conftest import CommandLine
+from tests.conftest import CommandLine, Shell
 
 Write = Callable[..., Path]
 COLOURS = ("red", "green", "blue", "black")
@@ -84,7 +84,7 @@ LONG: dict[str, Any] = {
 }
 
 
-def test_a_job_from_table_to_gallery(sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
+def test_a_job_from_table_to_gallery(shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
     write_prompts(tmp_path, 20)
     job = write_job(input={"keep": ["kind"]}, generate={"negative_prompt": "blur"}, resources={"actors": 2})
     assert sdbatch.json("validate", job)["ok"]
@@ -103,7 +103,7 @@ def test_a_job_from_table_to_gallery(sdbatch: CommandLine, write_job: Write, tmp
         "model_seconds": 0.0,
         "remaining": 20,
     }
-    told = sdbatch("run", job).stderr
+    told = shell("run", job).stderr
     assert "test is complete: 20 of 20 images" in told
     assert sdbatch.json("status", "out")["state"] == "complete"
     assert sdbatch.json("verify", "out")["ok"]
@@ -248,7 +248,7 @@ def test_mistakes_end_with_2_and_say_what_to_do(sdbatch: CommandLine, write_job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> dict[str, str]:
     """The sums of the job that others below kill, made in peace."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_prompts(folder, 40)
@@ -269,12 +269,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(
-    store: Store, sdbatch: CommandLine, write_job: Write, tmp_path: Path, undisturbed: dict[str, str]
+    store: Store, shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     write_prompts(tmp_path, 40)
     job = write_job(**{**LONG, "output": {"uri": store.uri, "shard_size": 4}})
     for commits in (1, 4, 7) if isinstance(store, LocalStore) else (4,):
-        process = sdbatch.start("run", job)
+        process = shell.start("run", job)
         wait_for_commits(process, store, commits)
         kill_everything(process)
     sdbatch("run", job)
@@ -286,11 +286,11 @@ def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(
 
 
 def test_a_killed_actor_is_replaced_and_nothing_is_lost(
-    sdbatch: CommandLine, write_job: Write, tmp_path: Path, undisturbed: dict[str, str]
+    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     write_prompts(tmp_path, 40)
     job, store = write_job(**LONG), open_store(str(tmp_path / "out"))
-    process = sdbatch.start("run", job, "--json")
+    process = shell.start("run", job, "--json")
     wait_for_commits(process, store, 1)
     with_no_mercy(generators(process.pid)[0])
     out, err = process.communicate(timeout=120)
@@ -301,11 +301,11 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(
 
 
 def test_a_shard_that_costs_too_many_actors_ends_the_job_by_name(
-    sdbatch: CommandLine, write_job: Write, tmp_path: Path
+    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
 ) -> None:
     write_prompts(tmp_path, 40)
     job, store = write_job(**LONG, failures={"max_attempts": 1}), open_store(str(tmp_path / "out"))
-    process = sdbatch.start("run", job)
+    process = shell.start("run", job)
     wait_for_commits(process, store, 1)
     for actor in generators(process.pid):
         with_no_mercy(actor)
@@ -319,11 +319,11 @@ def test_a_shard_that_costs_too_many_actors_ends_the_job_by_name(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_says_so_and_goes_on(
-    number: signal.Signals, sdbatch: CommandLine, write_job: Write, tmp_path: Path
+    number: signal.Signals, shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
 ) -> None:
     write_prompts(tmp_path, 24)
     job, store = write_job(**LONG), open_store(str(tmp_path / "out"))
-    process = sdbatch.start("run", job)
+    process = shell.start("run", job)
     wait_for_commits(process, store, 1)
     os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)  # as a terminal does
     _, err = process.communicate(timeout=60)
@@ -354,7 +354,7 @@ def test_a_table_of_which_nothing_can_be_made_is_refused(
 
 
 def test_a_cluster_too_small_for_the_whole_pool_still_finishes(
-    sdbatch: CommandLine, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: Shell, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's Ray, room for one of two actors, a relative output."""
     with socket.socket() as probe:
@@ -367,9 +367,9 @@ def test_a_cluster_too_small_for_the_whole_pool_still_finishes(
     try:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         write_prompts(tmp_path, 12)
-        made = sdbatch.json("run", write_job(output={"uri": "relative/out"}, resources={"actors": 2}))
+        made = shell.json("run", write_job(output={"uri": "relative/out"}, resources={"actors": 2}))
         assert (made["state"], made["committed"]) == ("complete", 12)
-        assert sdbatch.json("verify", "relative/out")["ok"]
+        assert shell.json("verify", "relative/out")["ok"]
         assert head.poll() is None
     finally:
         kill_everything(head)
