@@ -12,7 +12,7 @@ demo: $(VENV)/.user
 	$(BIN)/sdbatch gallery out/demo
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .

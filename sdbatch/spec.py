@@ -14,7 +14,31 @@ from pydantic_core import ErrorDetails
 
 from sdbatch.errors import Problem, SpecError
 
-SamplerName = Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras"]
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler_karras",
+    "euler_exponential",
+    "euler_ancestral",
+    "heun",
+    "heun_karras",
+    "heun_exponential",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_exponential",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "dpmpp_2m_sde_exponential",
+    "dpmpp_sde",
+    "dpmpp_sde_karras",
+    "dpmpp_sde_exponential",
+    "unipc",
+    "unipc_karras",
+    "unipc_exponential",
+    "lcm",
+]
 
 #: Fields of an image request that a column of the table may give, row by row.
 MAPPABLE = (
@@ -28,6 +52,9 @@ MAPPABLE = (
     "guidance_scale",
     "sampler",
     "num_images_per_prompt",
+    "init_image",
+    "mask_image",
+    "strength",
 )
 
 #: Columns of the metadata table; a user's column can't be kept under one of these names.
@@ -44,6 +71,9 @@ METADATA_COLUMNS = (
     "num_inference_steps",
     "guidance_scale",
     "sampler",
+    "init_image",
+    "mask_image",
+    "strength",
     "truncated",
     "model",
     "model_sha256",
@@ -114,11 +144,41 @@ class Prompt(Section):
     max_characters: int = Field(4000, ge=1, description="A row with a longer prompt is quarantined")
 
 
+class Lora(Section):
+    """Low-rank changes to the model's weights."""
+
+    uri: str = Field(min_length=1, description="A .safetensors file, local or s3://")
+    weight: float = Field(1.0, allow_inf_nan=False, description="How strongly; several add up")
+
+
+class LearntWord(Section):
+    """A textual inversion: vectors that a word of the prompt stands for."""
+
+    uri: str = Field(min_length=1, description="A .safetensors file, local or s3://")
+    token: str | None = Field(None, min_length=1, description="The word; what the file calls it when left out")
+
+
 class Model(Section):
     """The checkpoint that makes the pictures."""
 
-    uri: str = Field("builtin:shapes", min_length=1, description="builtin:NAME or a folder in the diffusers layout")
+    uri: str = Field(
+        "builtin:shapes",
+        min_length=1,
+        description="builtin:NAME, hf:OWNER/NAME[@REVISION][/FILE], or a folder in the diffusers layout or a single "
+        ".safetensors file, local or s3://",
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Number format of the weights")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="A folder with vocab.json and merges.txt, for single files, which bring none"
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the network predicts, where the checkpoint can't tell or is wrong"
+    )
+    loras: list[Lora] = Field(default_factory=list, description="LoRAs to merge into the weights")
+    embeddings: list[LearntWord] = Field(default_factory=list, description="Textual inversions")
+    vae_tiling: bool = Field(False, description="Decode large pictures tile by tile: less memory, soft seams")
+    vae_slicing: bool = Field(False, description="Decode a batch picture by picture: less memory")
+    offload_text_encoders: bool = Field(False, description="Keep text encoders on the GPU only while they encode")
 
     @property
     def name(self) -> str:
@@ -134,12 +194,32 @@ class Generate(Section):
     guidance_scale: float = Field(5.0, ge=0, allow_inf_nan=False, description="Classifier-free guidance; ≤ 1: none")
     negative_prompt: str = Field("", description="What pictures should not show")
     sampler: SamplerName = Field("dpmpp_2m", description="How noise becomes a latent")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise of the sampler ddim: 0 none, 1 as much as ddpm")
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="Pulls contrast back that guidance adds; 0.7 for models with zero terminal SNR"
+    )
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="Guidance acts between these shares of the way from noise (0) to picture (1)"
+    )
+    clip_skip: int = Field(0, ge=0, le=12, description="Layers to leave out at the text encoder's end; UIs add 1")
+    long_prompts: Literal["truncate", "chunk"] = Field(
+        "truncate", description="A prompt beyond what the text encoder reads at once: cut it, or read it in chunks"
+    )
+    emphasis: bool = Field(False, description="Read (word:1.2), (word) and [word] in prompts as weights")
+    strength: float = Field(0.8, gt=0, le=1, description="How much of an init_image is made anew")
     seed: int = Field(0, ge=0, lt=2**63, description="Every image's seed is derived from this one and its row's id")
     width: int | None = Field(None, gt=0, le=16384, description="Pixels; the model's own size when left out")
     height: int | None = Field(None, gt=0, le=16384, description="Pixels; the model's own size when left out")
     round_size: Literal["nearest", "down", "up"] | None = Field(
         None, description="Round sizes that are no multiple of 8; left out, they are an error"
     )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ascending(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("should be two numbers between 0 and 1, the smaller one first")
+        return interval
 
 
 class Picture(Section):
@@ -205,7 +285,9 @@ class JobSpec(Section):
         """
         fields = self.model_dump(mode="json")
         del fields["name"], fields["failures"], fields["resources"]["actors"]
-        del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"]
+        del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
+        for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
+            del added["uri"]  # what lies there counts, by its checksum
         return fields
 
 
@@ -283,6 +365,8 @@ def _fields_at(place: Sequence[str]) -> list[str]:
     """The field names that a section of the spec has."""
     model: type[BaseModel] = JobSpec
     for part in place:
+        if part.isdigit():  # an element of a list, whose section was found already
+            continue
         annotation = model.model_fields[part].annotation
         inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         sections = [kind for kind in inner if issubclass(kind, BaseModel)]

@@ -8,7 +8,7 @@ import pytest
 
 from sdbatch import __version__, cli
 
-COMMANDS = ("validate", "plan", "run", "status", "verify", "errors", "gallery", "train", "schema")
+COMMANDS = ("validate", "plan", "run", "status", "verify", "errors", "gallery", "inspect", "train", "schema")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

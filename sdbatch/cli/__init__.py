@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import jobs, results, training
+from sdbatch.cli import jobs, models, results, training
 from sdbatch.cli.console import people, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -32,6 +32,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.verify,
     results.errors,
     results.gallery,
+    models.inspect,
     training.train,
     jobs.schema,
 )

@@ -3,105 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sdbatch.diffusion import checkpoint
-from sdbatch.diffusion.samplers import SAMPLERS, Step, sample
+from sdbatch.diffusion import folder as diffusers_folder
+from sdbatch.diffusion.adapters import Adaptation, adapt
+from sdbatch.diffusion.checkpoint import Checkpoint
+from sdbatch.diffusion.conditioning import Conditioning, Reading, text_states
+from sdbatch.diffusion.grids import Step
+from sdbatch.diffusion.locate import open_checkpoint
+from sdbatch.diffusion.painting import Painting, checked_pixels
+from sdbatch.diffusion.prompt import read_prompts
+from sdbatch.diffusion.samplers import SAMPLERS, Denoiser, most_steps, sample, start_scale, steps_of
 from sdbatch.diffusion.schedule import NoiseSchedule
+from sdbatch.diffusion.single_file import write_single_file
 from sdbatch.diffusion.text_encoder import TextEncoder
 from sdbatch.diffusion.tokenizer import CLIPTokenizer
-from sdbatch.diffusion.unet import UNet
-from sdbatch.diffusion.vae import VAE
+from sdbatch.diffusion.unet import Added, UNet
+from sdbatch.diffusion.vae import VAE, VAEConfig
+from sdbatch.diffusion.weights import DTYPES, write
 from sdbatch.errors import ModelError, UsageError
 
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a job must know of a model before it is loaded."""
-
-    folder: Path
-    sha256: str
-    default_size: tuple[int, int]  # width, height in pixels
-
-
-def describe(uri: str) -> ModelInfo:
-    """Look a model up without loading it. Raises ModelError where a part of it is missing."""
-    folder = checkpoint.resolve(uri)
-    with checkpoint.skeletons():
-        unet = UNet(checkpoint.read_unet_config(folder / "unet/config.json"))
-        vae = VAE(checkpoint.read_vae_config(folder / "vae/config.json"))
-        text_encoder = TextEncoder(checkpoint.read_text_config(folder / "text_encoder/config.json"))
-    checkpoint.read_schedule(folder / "scheduler/scheduler_config.json")
-    checkpoint.read_tokenizer(folder / "tokenizer")
-    for module, name in ((unet, "unet"), (vae, "vae"), (text_encoder, "text_encoder")):
-        checkpoint.check_keys(module, folder / name)
-    pixels = unet.config.sample_size * vae.config.downscale
-    return ModelInfo(folder, checkpoint.fingerprint(folder), (pixels, pixels))
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: Scores that SDXL's refiner is told, for what is wanted and for what is not.
+_AESTHETIC = (6.0, 2.5)
 
 
 class LatentDiffusion:
-    """A text-to-image model: tokenizer, text encoder, U-Net, VAE and noise schedule on one device."""
+    """A text-to-image model: tokenizers, text encoders, U-Net, VAE and noise schedule on one device."""
 
-    def __init__(
-        self, tokenizer: CLIPTokenizer, text_encoder: TextEncoder, unet: UNet, vae: VAE, schedule: NoiseSchedule
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
+    def __init__(self, checkpoint: Checkpoint, text_encoders: Sequence[TextEncoder], unet: UNet, vae: VAE) -> None:
+        self.checkpoint = checkpoint
+        self.text_encoders = list(text_encoders)
         self.unet = unet
         self.vae = vae
-        self.schedule = schedule
+        self.vae_tiling = False  # decode and encode large pictures tile by tile: less memory, soft seams
+        self.vae_slicing = False  # decode and encode picture by picture: less memory
+        self._offloads = False
 
     # -- loading and saving ------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, uri: str | Path, device: str = "cpu", dtype: str = "float32") -> LatentDiffusion:
-        """Load ``builtin:NAME`` or a folder in the diffusers layout.
+    def from_pretrained(
+        cls,
+        uri: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        *,
+        tokenizer: str | None = None,
+        prediction_type: str | None = None,
+        adaptations: Sequence[Adaptation] = (),
+    ) -> LatentDiffusion:
+        """Load ``builtin:NAME``, a folder in the diffusers layout, a single .safetensors file, or ``hf:OWNER/NAME``.
 
-        ``dtype`` is one of float32, float16, bfloat16. Raises ModelError, before anything is computed,
-        where a file is missing or a key or shape does not fit.
+        ``dtype`` is one of float32, float16, bfloat16. ``adaptations`` are LoRAs and textual inversions. Raises
+        ModelError, before anything is computed, where a file is missing or a key or shape does not fit.
         """
         if dtype not in DTYPES:
             raise ModelError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}")
-        folder, kind = checkpoint.resolve(str(uri)), DTYPES[dtype]
-        with checkpoint.skeletons():
-            text_encoder = TextEncoder(checkpoint.read_text_config(folder / "text_encoder/config.json"))
-            unet = UNet(checkpoint.read_unet_config(folder / "unet/config.json"))
-            vae = VAE(checkpoint.read_vae_config(folder / "vae/config.json"))
-        checkpoint.assign(text_encoder, folder / "text_encoder", kind)
-        checkpoint.assign(unet, folder / "unet", kind)
-        checkpoint.assign(vae, folder / "vae", kind)
-        return cls(
-            checkpoint.read_tokenizer(folder / "tokenizer"),
-            text_encoder.to(device),
-            unet.to(device),
-            vae.to(device),
-            checkpoint.read_schedule(folder / "scheduler/scheduler_config.json"),
+        checkpoint, kind = open_checkpoint(str(uri), tokenizer, prediction_type, adaptations), DTYPES[dtype]
+        model = cls(
+            checkpoint,
+            [encoder.load(device, kind) for encoder in checkpoint.text_encoders],
+            checkpoint.unet.load(device, kind),
+            checkpoint.vae.load(device, vae_dtype(checkpoint.vae.config, kind)),
         )
+        networks = dict(zip([encoder.name for encoder in checkpoint.text_encoders], model.text_encoders, strict=True))
+        adapt(checkpoint, {"unet": model.unet, **networks}, adaptations)
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write the model in the diffusers layout; diffusers' StableDiffusionPipeline opens the folder."""
-        folder, kind = Path(folder), DTYPES[dtype]
-        checkpoint.write_tokenizer(folder / "tokenizer", self.tokenizer)
-        checkpoint.write_json(
-            folder / "text_encoder/config.json", checkpoint.text_json(self.text_encoder.config, self.tokenizer)
-        )
-        checkpoint.write_json(folder / "unet/config.json", checkpoint.unet_json(self.unet.config))
-        checkpoint.write_json(folder / "vae/config.json", checkpoint.vae_json(self.vae.config))
-        checkpoint.write_json(folder / "scheduler/scheduler_config.json", checkpoint.scheduler_json(self.schedule))
-        for module, name in ((self.text_encoder, "text_encoder"), (self.unet, "unet"), (self.vae, "vae")):
-            checkpoint.write_weights(folder / name, module, kind)
-        checkpoint.write_json(folder / "model_index.json", checkpoint.model_index())
+        """Write the model in the diffusers layout; diffusers' pipelines open the folder. Raises ModelError for a model
+        with learnt words, which this layout keeps in files of their own."""
+        self._refuse_learnt_words()
+        diffusers_folder.write_configs(Path(folder), self.checkpoint)
+        for name, module in self._networks().items():
+            path = Path(folder) / name / f"{diffusers_folder.weights_name(name)}.safetensors"
+            write(path, module.state_dict(), DTYPES[dtype])
+
+    def save_single_file(self, path: str | Path, dtype: str = "float32") -> None:
+        """Write the model as one original-layout .safetensors file. Raises ModelError for other families, and
+        for a model with learnt words, which such files have no place for."""
+        self._refuse_learnt_words()
+        states = {name: module.state_dict() for name, module in self._networks().items()}
+        write_single_file(Path(path), self.checkpoint, states, DTYPES[dtype])
+
+    def _refuse_learnt_words(self) -> None:
+        for encoder in self.text_encoders:
+            if encoder.text_model.embeddings.token_embedding.num_embeddings != encoder.config.vocab_size:
+                raise ModelError("a model with textual inversions can't be saved: they stay files of their own")
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        names = [encoder.name for encoder in self.checkpoint.text_encoders]
+        return {"unet": self.unet, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
 
     # -- the narrow interface to everything else ---------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        return self.checkpoint.tokenizers[0]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.checkpoint.schedule
 
     @property
     def device(self) -> torch.device:
@@ -114,26 +122,103 @@ class LatentDiffusion:
     @property
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels that the model was trained at."""
-        pixels = self.unet.config.sample_size * self.vae.config.downscale
-        return pixels, pixels
+        return self.checkpoint.default_size
+
+    @property
+    def offload_text_encoders(self) -> bool:
+        """Are text encoders kept off the device but while they encode, one at a time: less memory."""
+        return self._offloads
+
+    @offload_text_encoders.setter
+    def offload_text_encoders(self, wanted: bool) -> None:
+        self._offloads = wanted
+        for encoder in self.text_encoders:
+            encoder.to("cpu" if wanted else self.device)
+
+    def lengths(self, prompts: Sequence[str], reading: Reading = Reading()) -> list[int]:
+        """Tokens of each prompt; what is beyond ``tokenizer.room`` is cut or takes another chunk.
+
+        A learnt word may have vectors for one text encoder and not for the other: the longer reading counts.
+        """
+        reads = [
+            read_prompts(tokenizer, prompts, chunked=False, emphasis=reading.emphasis)
+            for tokenizer in self.checkpoint.tokenizers
+        ]
+        return [max(read.length for read in of_prompt) for of_prompt in zip(*reads, strict=True)]
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts → text states (B, L, D). Text beyond the tokenizer's length is cut."""
-        ids = torch.tensor(self.tokenizer(prompts).ids, device=self.device)
-        return self.text_encoder(ids)
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        reading: Reading = Reading(),
+        chunks: int = 1,
+        negative: bool = False,
+    ) -> Conditioning:
+        """Prompts → conditioning for pictures of ``size`` (width, height), every prompt read in ``chunks`` chunks.
+
+        ``negative`` prompts say what pictures should not show. Raises UsageError where a prompt that is to be read
+        whole (``long_prompts="chunk"``) takes more chunks than that.
+        """
+        states, pooled = [], None
+        for tokenizer, encoder in zip(self.checkpoint.tokenizers, self.text_encoders, strict=True):
+            if self._offloads:
+                encoder.to(self.device)
+            # The reference skips layers for what is wanted alone, and so do we: the same pictures.
+            skip = 0 if negative else reading.clip_skip
+            found, pooled = text_states(
+                tokenizer,
+                encoder,
+                prompts,
+                reading,
+                chunks=chunks,
+                skip=skip,
+                penultimate=self.unet.config.added_dim is not None,
+            )
+            states.append(found)
+            if self._offloads:
+                encoder.to("cpu")
+        text = torch.cat(states, dim=-1)
+        if self.unet.config.added_dim is None or pooled is None:
+            return Conditioning(text, None)
+        if negative and self.checkpoint.zero_empty_prompt:
+            given = torch.tensor([prompt != "" for prompt in prompts], device=self.device)
+            text, pooled = text * given[:, None, None], pooled * given[:, None]
+        width, height = size or self.default_size
+        last = [_AESTHETIC[negative]] if self.checkpoint.aesthetic_score else [height, width]
+        sizes = torch.tensor([[height, width, 0, 0, *last]] * len(prompts), device=self.device)
+        return Conditioning(text, Added(pooled, sizes.float()))
 
     @torch.inference_mode()
-    def denoise(self, z: Tensor, t: float, conditioning: Tensor) -> Tensor:
-        """The network's output (ε or v) at z (B, C, h, w) and time step t, in float32."""
+    def denoise(self, z: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """The network's output (ε or v) at z (B, in_channels, h, w) and time step t, in float32."""
         timesteps = torch.full((z.shape[0],), t, device=self.device)
-        return self.unet(z.to(self.dtype), timesteps, conditioning).float()
+        return self.unet(z.to(self.dtype), timesteps, conditioning.states, conditioning.added).float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → pictures (B, 3, H, W), float32 in [0, 1]; what is not finite stays so."""
-        pictures = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype))
+        z = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
+        parts = self._slices(z)
+        pictures = torch.cat([self.vae.decode(part, tiled=self.vae_tiling) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """Draw latents (B, C, h, w) float32 from q(z|x) of pictures (B, 3, H, W) in [-1, 1]."""
+        x = images.to(self.device, self._vae_dtype)
+        parts = [self.vae.encode(part, tiled=self.vae_tiling) for part in self._slices(x)]
+        mean = torch.cat([mean for mean, _ in parts]).float()
+        log_variance = torch.cat([log_variance for _, log_variance in parts]).float()
+        return self.vae.config.scaling_factor * (mean + (0.5 * log_variance).exp() * noise())
+
+    def _slices(self, x: Tensor) -> Sequence[Tensor]:
+        return [x[i : i + 1] for i in range(len(x))] if self.vae_slicing else [x]
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
 
     # -- pictures ----------------------------------------------------------------------------------------
 
@@ -149,6 +234,14 @@ class LatentDiffusion:
         num_inference_steps: int = 20,
         guidance_scale: float | Sequence[float] = 5.0,
         sampler: str = "ddim",
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        reading: Reading = Reading(),
+        chunks: int | None = None,
+        init_images: np.ndarray | None = None,
+        mask_images: np.ndarray | None = None,
+        strength: float = 0.8,
         output: Literal["image", "latent"] = "image",
     ) -> Any:
         """Draw one picture a prompt.
@@ -157,6 +250,14 @@ class LatentDiffusion:
         samplers that add noise, each step's noise, all in float32. ``guidance_scale`` may differ a prompt,
         but either all are above 1 (classifier-free guidance) or none is.
 
+        ``eta``: noise of DDIM (0 none, 1 as DDPM). ``guidance_rescale``: 0 to 1, pulls a guided output's contrast
+        back to the unguided one's (Lin et al. 2024, section 3.4). ``guidance_interval``: guidance acts between these
+        shares of the way from noise to picture (Kynkäänniemi et al. 2024). ``chunks``: chunks that every prompt is
+        read in; as many as the longest needs when left out.
+
+        ``init_images`` (B, H, W, 3) uint8: pictures to start from, changed by ``strength`` (0 not at all, 1 wholly).
+        ``mask_images`` (B, H, W) bool: repaint only where True, keep the rest of ``init_images``.
+
         Returns pictures (B, H, W, 3) uint8 as a numpy array, or with ``output="latent"`` the final latents
         (B, C, h, w) float32. Raises UsageError for arguments that don't fit together.
         """
@@ -164,23 +265,80 @@ class LatentDiffusion:
         negatives = [""] * count if negative_prompts is None else list(negative_prompts)
         scales = [float(guidance_scale)] * count if isinstance(guidance_scale, int | float) else list(guidance_scale)
         shape = self._check(count, negatives, seeds, scales, width, height, num_inference_steps, sampler)
+        factor = self.vae.config.downscale
+        size = shape[2] * factor, shape[1] * factor
+        if chunks is None:
+            both = self.lengths([*prompts, *negatives], reading)
+            chunks = -(-max(*both, 1) // self.tokenizer.room) if reading.long_prompts == "chunk" else 1
 
         guided = scales[0] > 1.0
-        conditioning = self.encode([*negatives, *prompts] if guided else prompts)
-        weights = torch.tensor(scales, device=self.device)[:, None, None, None]
+        given = self.encode(prompts, size=size, reading=reading, chunks=chunks)
+        conditioning = given
+        if guided:
+            conditioning = self.encode(negatives, size=size, reading=reading, chunks=chunks, negative=True) + given
+        by_scale = torch.tensor(scales, device=self.device)[:, None, None, None]
+        noise = _noise(seeds, shape, self.device)
+        start, steps, painting = self._start(
+            sampler, num_inference_steps, noise, count, size, init_images, mask_images, strength
+        )
+        total = self.schedule.num_train_timesteps - 1
 
-        def predict(z: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-            if guided:  # Ho & Salimans 2022, eq. 6, with w = guidance_scale - 1
-                without, given = self.denoise(torch.cat([z, z]), step.t, conditioning).chunk(2)
-                network = without + weights * (given - without)
-            else:
-                network = self.denoise(z, step.t, conditioning)
-            return self.schedule.split(network, z, step.alpha, step.sigma)
+        def network(z: Tensor, step: Step) -> Tensor:
+            x = painting.shown(z, step, first=step is steps[0])
+            way = 1 - step.t / total
+            if not guided or not guidance_interval[0] <= way <= guidance_interval[1]:
+                return self.denoise(x, step.t, given)
+            # Ho & Salimans 2022, eq. 6, with w = guidance_scale - 1
+            without, wanted = self.denoise(torch.cat([x, x]), step.t, conditioning).chunk(2)
+            result = without + by_scale * (wanted - without)
+            if guidance_rescale:
+                spread = wanted.std(dim=(1, 2, 3), keepdim=True) / result.std(dim=(1, 2, 3), keepdim=True)
+                result = result * (guidance_rescale * spread + 1 - guidance_rescale)
+            return result
 
-        latents = sample(sampler, self.schedule, num_inference_steps, predict, _noise(seeds, shape, self.device))
-        if output == "latent":
-            return latents
-        return to_uint8(self.decode(latents))
+        latents = sample(sampler, Denoiser(network, self.schedule), start, steps, noise, eta=eta)
+        latents = painting.finished(latents)
+        return latents if output == "latent" else to_uint8(self.decode(latents))
+
+    def _start(
+        self,
+        sampler: str,
+        count: int,
+        noise: Callable[[], Tensor],
+        batch: int,
+        size: tuple[int, int],
+        init_images: np.ndarray | None,
+        mask_images: np.ndarray | None,
+        strength: float,
+    ) -> tuple[Tensor, Sequence[Step], Painting]:
+        """The latents to begin with, the steps to take, and what is known of the pictures."""
+        repaints = self.unet.config.in_channels == 9
+        if init_images is None or (repaints and mask_images is None):
+            if mask_images is not None or repaints:
+                raise UsageError("generate: init_images and mask_images must be given together to repaint")
+            steps = steps_of(sampler, self.schedule, count)
+            return start_scale(sampler, self.schedule, steps) * noise(), steps, Painting()
+        taken = min(int(count * strength), count)
+        if taken < 1:
+            raise UsageError(f"generate: strength {strength:g} of {count} steps leaves no step to take")
+        steps = steps_of(sampler, self.schedule, count, taken)
+        images = checked_pixels(init_images, batch, size, "init_images", 4).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if mask_images is None:
+            known, fresh = self.encode_images(images, noise), noise()
+            return steps[0].alpha * known + steps[0].sigma * fresh, steps, Painting()
+        pixels = checked_pixels(mask_images, batch, size, "mask_images", 3)[:, None].float()
+        factor = self.vae.config.downscale
+        mask = F.interpolate(pixels, size=(size[1] // factor, size[0] // factor)).to(self.device)
+        whole = taken == count  # repainting wholly starts from pure noise
+        seen = None if whole and repaints else self.encode_images(images, noise)
+        fresh = noise()
+        start = start_scale(sampler, self.schedule, steps) * fresh
+        if not whole and seen is not None:
+            start = steps[0].alpha * seen + steps[0].sigma * fresh
+        if repaints:
+            masked = self.encode_images(images * (1 - pixels), noise)
+            return start, steps, Painting(beside=torch.cat([mask, masked], dim=1))
+        return start, steps, Painting(mask=mask, known=seen, noise=fresh)
 
     def _check(
         self,
@@ -203,8 +361,9 @@ class LatentDiffusion:
             raise UsageError("generate: guidance_scale: one batch can't hold scales above 1 and others not above 1")
         if sampler not in SAMPLERS:
             raise UsageError(f"generate: sampler '{sampler}' is not known; use one of {', '.join(SAMPLERS)}")
-        if not 1 <= steps <= self.schedule.num_train_timesteps:
-            raise UsageError(f"generate: num_inference_steps is {steps}; use 1 to {self.schedule.num_train_timesteps}")
+        most = most_steps(sampler, self.schedule)
+        if not 1 <= steps <= most:
+            raise UsageError(f"generate: num_inference_steps is {steps}; use 1 to {most} with sampler '{sampler}'")
         default_width, default_height = self.default_size
         width, height = width or default_width, height or default_height
         factor = self.vae.config.downscale
@@ -218,6 +377,11 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8."""
     array: np.ndarray = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array
+
+
+def vae_dtype(config: VAEConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the VAE computes in: large activations of some overflow float16, and the picture comes out black."""
+    return torch.float32 if config.force_upcast and dtype == torch.float16 else dtype
 
 
 def _noise(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Callable[[], Tensor]:

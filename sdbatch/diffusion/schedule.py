@@ -8,10 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdbatch.errors import ModelError
+
+_KNOWN = {
+    "beta_schedule": ("scaled_linear", "linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace", None),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,13 @@ class NoiseSchedule:
     timestep_spacing: str | None = None  # "leading" | "trailing" | "linspace"; None: the sampler's habit
     steps_offset: int = 0
     set_alpha_to_one: bool = True  # does DDIM's last step end at t = "before 0" or at t = 0
+    use_karras_sigmas: bool = False  # noise levels spread as in Karras et al. 2022, for samplers that go by them
+    use_exponential_sigmas: bool = False  # or evenly in the logarithm
+
+    def __post_init__(self) -> None:
+        for field, known in _KNOWN.items():
+            if (value := getattr(self, field)) not in known:
+                raise ModelError(f"scheduler: {field} '{value}' is not known (use {' or '.join(map(repr, known))})")
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -34,14 +48,23 @@ class NoiseSchedule:
         steps = self.num_train_timesteps
         if self.beta_schedule == "scaled_linear":
             betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps, dtype=torch.float32) ** 2
-        elif self.beta_schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float32)
         else:
-            raise ModelError(
-                f"scheduler: beta_schedule '{self.beta_schedule}' is not known (use 'scaled_linear' or 'linear')"
-            )
+            betas = torch.linspace(self.beta_start, self.beta_end, steps, dtype=torch.float32)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         return _zero_terminal_snr(alphas_cumprod) if self.rescale_betas_zero_snr else alphas_cumprod
+
+    @cached_property
+    def trained_levels(self) -> np.ndarray:
+        """The noise level σ/α of every trained time step, float64. A pure-noise end gets a large finite level."""
+        alphas_cumprod = self.alphas_cumprod.double().numpy().copy()
+        alphas_cumprod[-1] = max(alphas_cumprod[-1], 2.0**-24)
+        levels: np.ndarray = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+        return levels
+
+    def time_of(self, level: np.ndarray | float) -> np.ndarray:
+        """The (fractional) time step of a noise level, interpolated in its logarithm."""
+        times = np.arange(self.num_train_timesteps, dtype=np.float64)
+        return np.interp(np.log(level), np.log(self.trained_levels), times)
 
     def add_noise(self, z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Draw from q(z_t | z_0): latents and noise (B, C, h, w), timesteps (B,) int64."""

@@ -26,11 +26,22 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels hold transformers
     num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
     layers_per_block: int = 2
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # blocks in each transformer
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
+    added_sizes_dim: int | None = None  # SDXL: channels of the embedding of each size number
+    added_dim: int | None = None  # SDXL: pooled text and all size embeddings together
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64  # latent height and width the model was trained at
+
+
+@dataclass(frozen=True)
+class Added:
+    """What SDXL conditions on beside the text states (Podell et al. 2023, section 2.2)."""
+
+    pooled: Tensor  # (B, P) the text's embedding
+    sizes: Tensor  # (B, 6) original height and width, crop top and left, target height and width; refiner: (B, 5)
 
 
 class Attention(nn.Module):
@@ -38,6 +49,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{width} channels can't be shared among {heads} attention heads")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
@@ -96,12 +109,14 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over the h·w positions of a feature map."""
 
-    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
+    def __init__(self, width: int, heads: int, layers: int, config: UNetConfig) -> None:
         super().__init__()
         self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
         self.proj_in: nn.Module = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.cross_attention_dim, heads)])
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(layers)
+        )
         self.proj_out: nn.Module = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -145,7 +160,8 @@ class MidBlock(nn.Module):
         super().__init__()
         width = config.block_out_channels[-1]
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, config.num_attention_heads[-1], config)])
+        heads, layers = config.num_attention_heads[-1], config.transformer_layers[-1]
+        self.attentions = nn.ModuleList([SpatialTransformer(width, heads, layers, config)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -174,28 +190,31 @@ class UpBlock(nn.Module):
         return x
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoids of the time step (Vaswani et al. 2017, section 3.5; cosine first), then a small MLP."""
+def sinusoids(values: Tensor, channels: int) -> Tensor:
+    """(N,) → (N, channels): cosines, then sines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def __init__(self, channels: int) -> None:
+
+class Embedding(nn.Module):
+    """A small MLP to the width of the time embedding."""
+
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.channels = channels
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        half = self.channels // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class UNet(nn.Module):
     """(z_t, t, text) → ε or v.
 
-    ``latents`` (B, in_channels, h, w); ``timesteps`` (B,), float; ``context`` (B, L, cross_attention_dim).
-    Returns (B, out_channels, h, w).
+    ``latents`` (B, in_channels, h, w); ``timesteps`` (B,), float; ``context`` (B, L, cross_attention_dim);
+    ``added`` for models that have it. Returns (B, out_channels, h, w).
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -203,7 +222,8 @@ class UNet(nn.Module):
         self.config = config
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0])
+        self.time_embedding = Embedding(widths[0], 4 * widths[0])
+        self.add_embedding = Embedding(config.added_dim, 4 * widths[0]) if config.added_dim else None
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of every feature map the way up will meet again
@@ -221,8 +241,13 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        time = self.time_embedding(timesteps)  # (B, 4·widths[0])
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, added: Added | None = None) -> Tensor:
+        time = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]))  # (B, 4·widths[0])
+        if self.add_embedding is not None and self.config.added_sizes_dim:
+            if added is None:
+                raise ValueError("this U-Net is conditioned on sizes, too: `added` is missing")
+            sizes = sinusoids(added.sizes.flatten(), self.config.added_sizes_dim).reshape(len(added.sizes), -1)
+            time = time + self.add_embedding(torch.cat([added.pooled.float(), sizes], dim=-1))
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
@@ -244,4 +269,5 @@ def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
     if not config.attention[level]:
         return nn.ModuleList()
     width, heads = config.block_out_channels[level], config.num_attention_heads[level]
-    return nn.ModuleList(SpatialTransformer(width, heads, config) for _ in range(count))
+    layers = config.transformer_layers[level]
+    return nn.ModuleList(SpatialTransformer(width, heads, layers, config) for _ in range(count))

@@ -5,6 +5,7 @@ The module tree carries the key names of diffusers' ``AutoencoderKL``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # multiplies latents to unit variance
     mid_block_add_attention: bool = True
+    sample_size: int = 512  # pixels, each way, of a tile
+    force_upcast: bool = False  # float16 overflows: compute in float32
 
     @property
     def downscale(self) -> int:
@@ -48,9 +51,11 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h·w, width)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h[:, 0]).transpose(1, 2).unflatten(2, x.shape[-2:])
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, width)
+        q, k, v = (project(h)[:, None] for project in (self.to_q, self.to_k, self.to_v))  # (B, 1, h·w, width)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.to_out[0](h[:, 0]).transpose(1, 2).unflatten(2, x.shape[-2:])
+        return h + x  # in this order, as in the reference: the first one's memory layout is the sum's
 
 
 class MidBlock(nn.Module):
@@ -143,14 +148,58 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, *, tiled: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each (B, latent_channels, h, w)."""
-        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        size = self.config.sample_size
+        moments = _tiled(self._encode, images, size, size // self.config.downscale) if tiled else self._encode(images)
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.clamp(log_variance, -30.0, 20.0)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Pictures of unscaled latents, about [-1, 1] (not clamped)."""
+        size = self.config.sample_size
+        return _tiled(self._decode, latents, size // self.config.downscale, size) if tiled else self._decode(latents)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
+
+    def _decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
+
+
+def _tiled(apply: Callable[[Tensor], Tensor], x: Tensor, tile: int, tile_out: int) -> Tensor:
+    """``apply`` to overlapping tiles of x (B, C, H, W), blended where they overlap, a quarter of a tile each way.
+
+    ``tile`` and ``tile_out`` are a tile's height and width before and after. Memory is one tile's, seams are soft.
+    """
+    if max(x.shape[-2:]) <= tile:
+        return apply(x)
+    stride, blend = int(tile * 0.75), int(tile_out * 0.25)
+    kept = tile_out - blend
+    rows: list[list[Tensor]] = []
+    for top in range(0, x.shape[2], stride):
+        row: list[Tensor] = []
+        for left in range(0, x.shape[3], stride):
+            done = apply(x[:, :, top : top + tile, left : left + tile])
+            if rows:
+                done = _blend(rows[-1][len(row)], done, blend, dim=2)
+            if row:
+                done = _blend(row[-1], done, blend, dim=3)
+            row.append(done)
+        rows.append(row)
+    return torch.cat([torch.cat([part[:, :, :kept, :kept] for part in row], dim=3) for row in rows], dim=2)
+
+
+def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
+    """Fade from the end of one tile into the beginning of the next."""
+    extent = min(before.shape[dim], after.shape[dim], extent)
+    shape = [1, 1, 1, 1]
+    shape[dim] = extent
+    weight = (torch.arange(extent, device=after.device, dtype=after.dtype) / extent).reshape(shape)
+    head = after.narrow(dim, 0, extent)
+    tail = before.narrow(dim, before.shape[dim] - extent, extent)
+    rest = after.narrow(dim, extent, after.shape[dim] - extent)
+    return torch.cat([tail * (1 - weight) + head * weight, rest], dim=dim)
 
 
 def _resnets(in_channels: int, out_channels: int, count: int, config: VAEConfig) -> nn.ModuleList:

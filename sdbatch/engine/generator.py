@@ -21,7 +21,9 @@ import PIL
 import torch
 
 from sdbatch import __version__
-from sdbatch.diffusion import LatentDiffusion, to_uint8
+from sdbatch.diffusion import LatentDiffusion, Reading, to_uint8
+from sdbatch.engine.models import load_model
+from sdbatch.engine.pictures import BadPicture, folder_of, read_mask, read_picture
 from sdbatch.engine.shards import ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed
 from sdbatch.ledger import Job, Shard, read_slice
@@ -60,6 +62,15 @@ class _Ended:
     picture: EncodedPicture | None
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """A request in its place in a batch, and the pictures that it starts from."""
+
+    request: ImageRequest
+    picture: np.ndarray | None  # (H, W, 3) uint8
+    mask: np.ndarray | None  # (H, W) bool
+
+
 #: What the model makes of a request: pixels (H, W, 3) and whether its prompt was cut, or why it can't be made.
 _Result = tuple[np.ndarray, bool] | Refused
 
@@ -67,9 +78,14 @@ _Result = tuple[np.ndarray, bool] | Refused
 class Generator:
     """One model on one device, fed with shards. ``load`` comes first."""
 
+    model: LatentDiffusion
+
     def __init__(self, spec: dict[str, Any], job: Job) -> None:
         self.spec: JobSpec = parse_spec(spec)
         self.job = job
+        reading = self.spec.generate
+        self._reading = Reading(reading.long_prompts, reading.emphasis, reading.clip_skip)
+        self._pictures_at = folder_of(self.spec.input.uri)
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
@@ -83,8 +99,8 @@ class Generator:
         """Load the model; returns the environment that pictures depend on."""
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        model, device = self.spec.model, self.spec.resources.device
-        self.model = self._model_thread.submit(LatentDiffusion.from_pretrained, model.uri, device, model.dtype).result()
+        device = self.spec.resources.device
+        self.model = self._model_thread.submit(load_model, self.spec.model, device).result()
         self.environment = _environment(device, self.spec.resources.cpus_per_actor)
         self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
         return self.environment
@@ -138,41 +154,73 @@ class Generator:
 
     def _make(self, batch: Sequence[ImageRequest]) -> list[_Result]:
         """Pictures of a batch in its slots. If the batch fails as a whole, each request is tried by itself."""
-        slots: list[ImageRequest | None] = [*batch, *[None] * (self.spec.resources.batch_size - len(batch))]
+        given = [self._given(request) for request in batch]
+        empty = self.spec.resources.batch_size - len(batch)
+        slots = [
+            None if isinstance(pictures, Refused) else _Slot(request, *pictures)
+            for request, pictures in zip(batch, given, strict=True)
+        ] + [None] * empty
+        results: list[_Result] = self._compute_kindly(slots) if any(slots) else [Refused("")] * len(slots)
+        return [
+            pictures if isinstance(pictures, Refused) else result
+            for pictures, result in zip(given, results, strict=False)
+        ]
+
+    def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
+        """The picture that a request starts from and its mask, as far as it has any."""
+        size = request.width, request.height
         try:
-            return self._compute(slots)[: len(batch)]
+            picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
+            mask = read_mask(request.mask_image, self._pictures_at, size) if request.mask_image else None
+        except BadPicture as error:
+            return Refused(str(error))
+        return picture, mask
+
+    def _compute_kindly(self, slots: Sequence[_Slot | None]) -> list[_Result]:
+        try:
+            return self._compute(slots)
         except torch.OutOfMemoryError:
-            first = batch[0]
+            lead = next(slot.request for slot in slots if slot is not None)
             raise JobFailed(
-                f"a batch of {len(slots)} at {first.width}x{first.height} does not fit the device's memory; "
+                f"a batch of {len(slots)} at {lead.width}x{lead.height} does not fit the device's memory; "
                 "lower resources.batch_size"
             ) from None
         except torch.AcceleratorError:
             os._exit(1)  # the device is in an unknown state; a new process gets it back, and is not to blame
         except Exception:
-            return [self._compute_alone(slots, slot) for slot in range(len(batch))]
+            return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
 
-    def _compute_alone(self, slots: Sequence[ImageRequest | None], slot: int) -> _Result:
+    def _compute_alone(self, slots: Sequence[_Slot | None], place: int) -> _Result:
         """One request in its own slot of a padded batch: the same bytes as in company."""
-        alone = [request if place == slot else None for place, request in enumerate(slots)]
+        alone = [slot if i == place else None for i, slot in enumerate(slots)]
         try:
-            return self._compute(alone)[slot]
+            return self._compute(alone)[place]
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
 
-    def _compute(self, slots: Sequence[ImageRequest | None]) -> list[_Result]:
+    def _compute(self, slots: Sequence[_Slot | None]) -> list[_Result]:
         """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
-        lead = next(request for request in slots if request is not None)
-        prompts = ["" if request is None else request.prompt for request in slots]
+        filled = [slot.request if slot is not None else None for slot in slots]
+        first = next(slot for slot in slots if slot is not None)
+        lead, settings = first.request, self.spec.generate
+        prompts = ["" if request is None else request.prompt for request in filled]
         latents = self.model.generate(
             prompts,
-            ["" if request is None else request.negative_prompt for request in slots],
-            seeds=[0 if request is None else request.seed for request in slots],
+            ["" if request is None else request.negative_prompt for request in filled],
+            seeds=[0 if request is None else request.seed for request in filled],
             width=lead.width,
             height=lead.height,
             num_inference_steps=lead.num_inference_steps,
-            guidance_scale=[lead.guidance_scale if request is None else request.guidance_scale for request in slots],
+            guidance_scale=[lead.guidance_scale if request is None else request.guidance_scale for request in filled],
             sampler=lead.sampler,
+            eta=settings.eta,
+            guidance_rescale=settings.guidance_rescale,
+            guidance_interval=settings.guidance_interval,
+            reading=self._reading,
+            chunks=lead.chunks,
+            init_images=_stack([slot.picture if slot else None for slot in slots], first.picture),
+            mask_images=_stack([slot.mask if slot else None for slot in slots], first.mask),
+            strength=1.0 if lead.strength is None else lead.strength,
             output="latent",
         )
         pictures = self.model.decode(latents)
@@ -220,8 +268,14 @@ class Generator:
 
     def _truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Which prompts are longer than the model reads."""
-        limit = self.model.tokenizer.max_length
-        return [length > limit for length in self.model.tokenizer(prompts).lengths]
+        if self._reading.long_prompts == "chunk":
+            return [False] * len(prompts)
+        return [length > self.model.tokenizer.room for length in self.model.lengths(prompts, self._reading)]
+
+
+def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:
+    """One array for the whole batch, blank in empty slots; None for a batch without such pictures."""
+    return None if like is None else np.stack([np.zeros_like(like) if array is None else array for array in arrays])
 
 
 def _environment(device: str, threads: int) -> dict[str, str]:

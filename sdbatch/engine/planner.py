@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import PIL
 import pyarrow as pa
 import torch
 
 from sdbatch import __version__
-from sdbatch.diffusion import ModelInfo, describe
+from sdbatch.diffusion import SAMPLERS
+from sdbatch.diffusion.prompt import chunks_needed
+from sdbatch.diffusion.samplers import most_steps
+from sdbatch.engine.models import FoundModel, find_model, located
 from sdbatch.engine.reading import check_columns, read_slices
 from sdbatch.errors import InputError, OutputError, StorageError
 from sdbatch.ledger import Job, Shard, find_job, job_fingerprint, refuse_changes, write_job, write_slice
 from sdbatch.prompts import (
+    ImageRequest,
+    ModelFacts,
     OddSize,
     RowIds,
     Run,
@@ -37,17 +43,18 @@ class Prepared:
     """A spec whose model, input and output were found to be there; nothing has been done yet."""
 
     spec: JobSpec
-    model: ModelInfo
+    model: FoundModel
     table: Table
     store: Store
 
     @property
     def located(self) -> JobSpec:
         """The spec with its model and output where any process finds them: actors have folders of their own."""
-        uri = self.spec.model.uri if self.spec.model.uri.startswith("builtin:") else str(self.model.folder.absolute())
+        table = self.spec.input.uri if "://" in self.spec.input.uri else str(Path(self.spec.input.uri).absolute())
         return self.spec.model_copy(
             update={
-                "model": self.spec.model.model_copy(update={"uri": uri}),
+                "input": self.spec.input.model_copy(update={"uri": table}),
+                "model": located(self.spec.model, self.model),
                 "output": self.spec.output.model_copy(update={"uri": self.store.uri}),
             }
         )
@@ -55,7 +62,7 @@ class Prepared:
 
 def prepare(spec: JobSpec) -> Prepared:
     """Look up everything that the spec names. Raises ModelError, InputError or OutputError."""
-    model = describe(spec.model.uri)
+    model = find_model(spec.model)
     table = find_table(spec.input)
     check_columns(spec.input, table)
     return Prepared(spec, model, table, open_output(spec))
@@ -95,18 +102,26 @@ def make_plan(prepared: Prepared, on_rows: Callable[[int], None]) -> Job:
     A pure function of spec, input and model. Raises InputError, and leaves no plan, when sizes don't fit.
     """
     spec, store = prepared.spec, prepared.store
+    checkpoint = prepared.model.checkpoint
     versions = [file.version for file in prepared.table.files]
     fingerprint = job_fingerprint(spec.deciding(), versions, prepared.model.sha256)
     ids, sizes, shards, slices = RowIds("id" in spec.input.columns), _OddSizes(), list[Shard](), 0
+    facts = ModelFacts(
+        checkpoint.default_size,
+        repaints=checkpoint.unet.config.in_channels == 9,
+        most_steps={name: most_steps(name, checkpoint.schedule) for name in SAMPLERS},
+    )
     rows_read = planned = faulty = 0
     first_fault: str | None = None
     for rows in read_slices(spec.input, prepared.table):
-        requests = requests_of_slice(rows, rows_read, spec, prepared.model.default_size, ids)
+        requests = requests_of_slice(rows, rows_read, spec, facts, ids)
         sizes.add(odd_sizes(requests, rows_read))
         rows_read += len(rows)
         on_rows(rows_read)
         if sizes.count:
             continue  # no plan will come of it, but the rest is counted
+        if spec.generate.long_prompts == "chunk":
+            requests = _in_chunks(requests, prepared)
         runs = cut(requests, spec.output.shard_size)
         shards += _shards_of(runs, first=len(shards), number=slices)
         grouped = [request for run in runs for request in run.requests]
@@ -141,6 +156,16 @@ def make_plan(prepared: Prepared, on_rows: Callable[[int], None]) -> Job:
     standing = write_job(store, job, shards)
     _refuse_changes(prepared, standing)  # another driver may have planned something else meanwhile
     return standing
+
+
+def _in_chunks(requests: Sequence[ImageRequest], prepared: Prepared) -> list[ImageRequest]:
+    """Each request with as many chunks as its prompts need: part of its shape, so that no neighbour changes it."""
+    texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+    emphasis = prepared.spec.generate.emphasis
+    by_encoder = [chunks_needed(t, texts, emphasis=emphasis) for t in prepared.model.checkpoint.tokenizers]
+    counts = [max(of_text) for of_text in zip(*by_encoder, strict=True)]
+    both = zip(counts[::2], counts[1::2], strict=True)
+    return [replace(request, chunks=max(pair)) for request, pair in zip(requests, both, strict=True)]
 
 
 class _OddSizes:

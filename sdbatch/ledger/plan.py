@@ -40,6 +40,9 @@ class Shard:
     num_inference_steps: int
     sampler: str
     guided: bool
+    chunks: int
+    strength: float | None
+    masked: bool
 
 
 _SHARD_SCHEMA = pa.schema(
@@ -54,6 +57,9 @@ _SHARD_SCHEMA = pa.schema(
         ("num_inference_steps", pa.int32()),
         ("sampler", pa.string()),
         ("guided", pa.bool_()),
+        ("chunks", pa.int32()),
+        ("strength", pa.float64()),
+        ("masked", pa.bool_()),
     ]
 )
 

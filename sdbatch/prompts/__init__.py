@@ -11,13 +11,14 @@ from sdbatch.prompts.plan import (
     requests_of_slice,
     to_table,
 )
-from sdbatch.prompts.request import ImageRequest, Shape, image_seed, requests_of_row
+from sdbatch.prompts.request import ImageRequest, ModelFacts, Shape, image_seed, requests_of_row
 from sdbatch.prompts.table import InputFile, Table, changed_files, find_table
 
 __all__ = [
     "SLICE_ROWS",
     "ImageRequest",
     "InputFile",
+    "ModelFacts",
     "OddSize",
     "RowIds",
     "Run",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sdbatch.prompts.request import SIZE_STEP, ImageRequest, Shape, requests_of_row
+from sdbatch.prompts.request import SIZE_STEP, ImageRequest, ModelFacts, Shape, requests_of_row
 from sdbatch.spec import JobSpec
 
 SLICE_ROWS = 16_384
@@ -28,6 +28,10 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("num_inference_steps", pa.int32()),
     ("guidance_scale", pa.float64()),
     ("sampler", pa.string()),
+    ("chunks", pa.int32()),
+    ("init_image", pa.string()),
+    ("mask_image", pa.string()),
+    ("strength", pa.float64()),
     ("fault", pa.string()),
 ]
 
@@ -73,13 +77,13 @@ class RowIds:
 
 
 def requests_of_slice(
-    rows: Sequence[Mapping[str, Any]], first_index: int, spec: JobSpec, default_size: tuple[int, int], ids: RowIds
+    rows: Sequence[Mapping[str, Any]], first_index: int, spec: JobSpec, model: ModelFacts, ids: RowIds
 ) -> list[ImageRequest]:
     """All requests of consecutive rows, in order. Row ``first_index`` of the table comes first."""
     requests = []
     for index, row in enumerate(rows, first_index):
         row_id, fault = ids(row.get("id"), index)
-        requests += requests_of_row(row, index, spec, default_size, row_id, fault)
+        requests += requests_of_row(row, index, spec, model, row_id, fault)
     return requests
 
 

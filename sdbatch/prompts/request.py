@@ -23,6 +23,18 @@ class Shape:
     num_inference_steps: int
     sampler: str
     guided: bool
+    chunks: int  # that prompts are read in
+    strength: float | None  # None: from pure noise
+    masked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What planning must know of the model."""
+
+    default_size: tuple[int, int]  # width, height in pixels
+    repaints: bool = False  # an inpainting model: it needs a picture and a mask
+    most_steps: Mapping[str, int] = field(default_factory=dict)  # that a sampler can take
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +51,25 @@ class ImageRequest:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    chunks: int = 1
+    init_image: str | None = None
+    mask_image: str | None = None
+    strength: float | None = None
     fault: str | None = None
     kept: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.width, self.height, self.num_inference_steps, self.sampler, self.guidance_scale > 1.0)
+        return Shape(
+            self.width,
+            self.height,
+            self.num_inference_steps,
+            self.sampler,
+            self.guidance_scale > 1.0,
+            self.chunks,
+            self.strength,
+            self.mask_image is not None,
+        )
 
 
 class BadValue(ValueError):
@@ -52,14 +77,13 @@ class BadValue(ValueError):
 
 
 def requests_of_row(
-    row: Mapping[str, Any], index: int, spec: JobSpec, default_size: tuple[int, int], row_id: str, id_fault: str | None
+    row: Mapping[str, Any], index: int, spec: JobSpec, model: ModelFacts, row_id: str, id_fault: str | None
 ) -> list[ImageRequest]:
     """The requests of one row: ``num_images_per_prompt`` pictures, or one fault.
 
-    ``row`` maps the names of fields and of kept columns to cells; ``index`` is the row's place in the table;
-    ``default_size`` the model's own (width, height).
+    ``row`` maps the names of fields and of kept columns to cells; ``index`` is the row's place in the table.
     """
-    base = spec.generate
+    base, default_size = spec.generate, model.default_size
     kept = {name: row.get(f"keep:{name}") for name in spec.input.kept}
     try:
         if row.get("fault"):
@@ -74,6 +98,10 @@ def requests_of_row(
         steps = _whole(row.get("num_inference_steps"), base.num_inference_steps, "num_inference_steps", 1, 1000)
         scale = _number(row.get("guidance_scale"), base.guidance_scale, "guidance_scale")
         sampler = _sampler(row.get("sampler"), base.sampler)
+        if steps > model.most_steps.get(sampler, steps):
+            raise BadValue(f"num_inference_steps is {steps}; {sampler} takes at most {model.most_steps[sampler]}")
+        init_image, mask_image = _images(row.get("init_image"), row.get("mask_image"), model)
+        strength = _strength(row.get("strength"), base.strength, steps) if init_image else None
         seed = _whole(row.get("seed"), 0, "seed", 0, MAX_SEED) if row.get("seed") else None
     except BadValue as error:
         shown = (row.get("prompt") or "").encode("utf-8", "replace").decode()
@@ -106,6 +134,9 @@ def requests_of_row(
             num_inference_steps=steps,
             guidance_scale=scale,
             sampler=sampler,
+            init_image=init_image,
+            mask_image=mask_image,
+            strength=strength,
             kept=kept,
         )
         for k in range(count)
@@ -168,6 +199,25 @@ def _number(cell: Cell, default: float, name: str) -> float:
     value = _float(cell)
     if not math.isfinite(value) or value < 0:
         raise BadValue(f"{name} is {cell!r}; should be a number, 0 or more")
+    return value
+
+
+def _images(init: Cell, mask: Cell, model: ModelFacts) -> tuple[Cell, Cell]:
+    """Where the picture to start from and its mask lie; None for a row that has none."""
+    init, mask = init or None, mask or None
+    if mask is not None and init is None:
+        raise BadValue("mask_image is given without an init_image to repaint")
+    if model.repaints and mask is None:
+        raise BadValue("an inpainting model needs init_image and mask_image; name their columns in input.columns")
+    return init, mask
+
+
+def _strength(cell: Cell, default: float, steps: int) -> float:
+    value = _number(cell, default, "strength")
+    if not 0 < value <= 1:
+        raise BadValue(f"strength is {cell!r}; should be more than 0 and at most 1")
+    if int(steps * value) < 1:
+        raise BadValue(f"strength {value:g} of {steps} steps leaves no step to take; raise one of them")
     return value
 
 

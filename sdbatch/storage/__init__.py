@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sdbatch.errors import StorageError
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.s3 import S3Store
 from sdbatch.storage.store import Entry, Store
 
-__all__ = ["Entry", "LocalStore", "S3Store", "Store", "open_store"]
+__all__ = ["Entry", "LocalStore", "S3Store", "Store", "open_store", "read_object"]
 
 
 def open_store(uri: str) -> Store:
@@ -19,3 +21,14 @@ def open_store(uri: str) -> Store:
     if "://" in uri:
         raise StorageError(f"'{uri}': no store of that kind; use a folder or s3://bucket/prefix")
     return LocalStore(uri)
+
+
+def read_object(uri: str) -> bytes:
+    """One file or object, by its path, ``file://`` or ``s3://`` address."""
+    root, _, key = uri.rpartition("/")
+    return _reader(root or ".").get(key)
+
+
+@lru_cache(maxsize=64)
+def _reader(root: str) -> Store:
+    return open_store(root)

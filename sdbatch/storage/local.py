@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,14 @@ class LocalStore(Store):
             raise ObjectNotFound(f"{self.uri}/{key} does not exist") from None
         except OSError as error:
             raise StorageError(f"{self.uri}/{key} can't be read: {error.strerror}") from None
+
+    def fetch(self, key: str, path: Path) -> None:
+        try:
+            shutil.copyfile(self._path(key), path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ObjectNotFound(f"{self.uri}/{key} does not exist") from None
+        except OSError as error:
+            raise StorageError(f"{self.uri}/{key} can't be copied to {path}: {error.strerror}") from None
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)

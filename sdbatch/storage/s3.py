@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
@@ -59,6 +60,18 @@ class S3Store(Store):
             return body
 
         return self._patiently(key, read)
+
+    def fetch(self, key: str, path: Path) -> None:
+        def copy() -> None:
+            with path.open("wb") as file:
+                body = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
+                for part in body.iter_chunks(8 << 20):
+                    file.write(part)
+
+        try:
+            self._patiently(key, copy)
+        except OSError as error:
+            raise StorageError(f"{self.uri}/{key} can't be copied to {path}: {error.strerror}") from None
 
     def put(self, key: str, data: bytes) -> None:
         self._patiently(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from sdbatch.errors import StorageError
 
@@ -28,6 +29,10 @@ class Store(ABC):
     @abstractmethod
     def get(self, key: str) -> bytes:
         """The object's bytes."""
+
+    @abstractmethod
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy the object, however large, to a local file that is not there yet."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:

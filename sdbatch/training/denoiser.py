@@ -63,7 +63,7 @@ class Denoising(nn.Module):
         self.unet = unet
 
     def forward(self, z: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(z, timesteps, self.text_encoder(ids))
+        return self.unet(z, timesteps, self.text_encoder.normalise(self.text_encoder(ids)[-1]))
 
 
 def train_denoiser(
@@ -78,7 +78,7 @@ def train_denoiser(
     def loss(rng: np.random.Generator) -> Tensor:
         chosen = rng.integers(len(data.scenes), size=recipe.batch)
         texts = ["" if rng.random() < recipe.caption_dropout else caption(data.scenes[i], rng) for i in chosen]
-        ids = torch.tensor(tokenizer(texts).ids)
+        ids = torch.tensor(tokenizer(texts))
         z0 = data.latents[chosen]
         # Things and one position around them: a circle is known by the corners that a square would fill.
         near = F.max_pool2d(data.covers[chosen], 3, stride=1, padding=1)
@@ -128,7 +128,7 @@ def word_swap(
 
     Zero means that the network does not listen to that word (yet).
     """
-    rng = np.random.default_rng(0)
+    rng, denoising = np.random.default_rng(0), Denoising(text_encoder, unet)
     chosen = [i for i, scene in enumerate(data.scenes[:2000]) if scene.place is not None][:96]
     z0, cover = data.latents[chosen], data.covers[chosen]
     noise = torch.from_numpy(rng.standard_normal(z0.shape, dtype=np.float32))
@@ -143,7 +143,7 @@ def word_swap(
             words |= {key: _other(words[key], names) for key, names in swap_names.items() if key in swap}
             ground = data.scenes[i].background
             texts.append(f"a {words['colour']} {words['shape']} in the {words['place']} on a {ground} background")
-        output = unet(noisy, timesteps, text_encoder(torch.tensor(tokenizer(texts).ids)))
+        output = denoising(noisy, timesteps, torch.tensor(tokenizer(texts)))
         return float((((output - target) ** 2) * (1 + 2 * cover)).mean())
 
     swap_names = {"colour": list(COLOURS), "shape": list(SHAPES), "place": ["top left", "bottom right"]}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from sdbatch.diffusion.checkpoint import Checkpoint, unstored
 from sdbatch.diffusion.pipeline import LatentDiffusion
 from sdbatch.training.architecture import MAX_TOKENS, SCHEDULE
 from sdbatch.training.autoencoder import normalise_latents, train_vae
@@ -86,7 +87,16 @@ def _train(recipe: Recipe, work: Path, model: Path, progress: Progress) -> None:
         swaps = word_swap(text_encoder, unet, tokenizer, data, SCHEDULE)
         told = ", ".join(f"{word} +{growth:.0f} %" for word, growth in swaps.items())
         progress("denoiser", recipe.steps, recipe.steps, f"word swaps raise the loss at t = 999: {told}")
-        LatentDiffusion(tokenizer, text_encoder, unet, vae, SCHEDULE).save_pretrained(model, dtype="float16")
+        checkpoint = Checkpoint(
+            path=model,
+            layout="trained here",
+            unet=unstored("unet", unet),
+            vae=unstored("vae", vae),
+            text_encoders=(unstored("text_encoder", text_encoder),),
+            tokenizers=(tokenizer,),
+            schedule=SCHEDULE,
+        )
+        LatentDiffusion(checkpoint, [text_encoder], unet, vae).save_pretrained(model, dtype="float16")
 
 
 def _together() -> None:

@@ -1,140 +1,99 @@
-"""Each network against diffusers and transformers, on random weights of small sizes."""
+"""Each network of each family against diffusers and transformers: what it computes, and its names and shapes."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-import transformers
 
-from sdbatch.diffusion import checkpoint
+from sdbatch.diffusion import folder
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
-from sdbatch.diffusion.unet import UNet, UNetConfig
+from sdbatch.diffusion.unet import Added, UNet, UNetConfig
 from sdbatch.diffusion.vae import VAE, VAEConfig
+from sdbatch.diffusion.weights import skeletons
+from sdbatch.errors import ModelError
+from tests.diffusion.families import FULL, shapes
+from tests.diffusion.parity import FAMILIES, NETWORKS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the oracles warn of one another
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_computes_what_the_reference_computes(
+    family: str, network: str, model_folder: Callable[[str], Path]
+) -> None:
+    errors = NETWORKS[network](model_folder(family), torch.float32)
+    assert max(errors.values()) <= 1e-4, errors
 
 
-def load_theirs(reference: torch.nn.Module, folder: Path, module: torch.nn.Module) -> torch.nn.Module:
-    """The reference's weights, saved by itself and read by us."""
-    reference.eval().save_pretrained(folder)
-    checkpoint.assign(module, folder, torch.float32)
-    return module
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_rounds_as_the_reference_rounds(
+    family: str, network: str, model_folder: Callable[[str], Path]
+) -> None:
+    errors = NETWORKS[network](model_folder(family), torch.bfloat16)
+    assert max(errors.values()) <= 1e-2, errors
 
 
-UNETS = {
-    "sd1": UNetConfig(
-        block_out_channels=(32, 64, 96, 96),
-        num_attention_heads=(4, 4, 4, 4),
-        cross_attention_dim=48,
-        norm_num_groups=16,
-    ),
-    "sd2": UNetConfig(
-        block_out_channels=(32, 64, 128, 128),
-        num_attention_heads=(1, 2, 4, 4),
-        cross_attention_dim=64,
-        use_linear_projection=True,
-        norm_num_groups=32,
-    ),
-    "shapes": UNetConfig(
-        block_out_channels=(16, 32, 48),
-        attention=(False, True, True),
-        num_attention_heads=(2, 2, 3),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-    ),
+#: Parameters of U-Net, VAE and text encoders, as the published models are known by them.
+COUNTS = {
+    "SD 1.x": (859_520_964, 83_653_863, 123_060_480),
+    "SD 1.x inpainting": (859_535_364, 83_653_863, 123_060_480),
+    "SD 2.x": (865_910_724, 83_653_863, 340_387_840),
+    "SDXL": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+    "SDXL refiner": (2_259_526_660, 83_653_863, 694_659_840),
 }
 
 
-@pytest.mark.parametrize("name", UNETS)
-@pytest.mark.parametrize("size", [(16, 16), (16, 24), (9, 13)])
-def test_unet_computes_what_diffusers_computes(name: str, size: tuple[int, int], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = UNETS[name]
-    theirs = diffusers.UNet2DConditionModel.from_config(checkpoint.unet_json(config))
+@pytest.mark.parametrize("family", FULL)
+def test_full_size_has_the_published_names_shapes_and_parameters(family: str, tmp_path: Path) -> None:
+    full = FULL[family]
     with torch.device("meta"):
-        ours = UNet(config)
-    load_theirs(theirs, tmp_path / "unet", ours)
-    z, context = torch.randn(2, 4, *size), torch.randn(2, 7, config.cross_attention_dim)
-    timesteps = torch.tensor([999.0, 13.5])
-    with torch.no_grad():
-        expected = theirs(z, timesteps, context).sample
-        assert relative_error(ours(z, timesteps, context), expected) <= 1e-4
+        unet, vae = full.build_unet(), full.build_vae()
+        encoders = [encoder.build() for encoder in full.encoders]
+    unet.save_config(tmp_path / "unet")
+    vae.save_config(tmp_path / "vae")
+    with skeletons():
+        ours = [
+            UNet(folder.read_unet_config(tmp_path / "unet/config.json")),
+            VAE(folder.read_vae_config(tmp_path / "vae/config.json")),
+        ]
+        for encoder in encoders:
+            encoder.config.architectures = [type(encoder).__name__]
+            encoder.config.save_pretrained(tmp_path / "text")
+            ours.append(TextEncoder(folder.read_text_config(tmp_path / "text/config.json")))
+    assert [shapes(module) for module in ours[:2]] == [shapes(unet), shapes(vae)]
+    assert [shapes(module) for module in ours[2:]] == [shapes(encoder, "text_model.") for encoder in encoders]
+    assert tuple(sum(value.numel() for value in module.parameters()) for module in ours) == COUNTS[family]
 
 
-VAES = {
-    "sd": VAEConfig(block_out_channels=(32, 32, 64, 64), norm_num_groups=16),
-    "shapes": VAEConfig(
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        scaling_factor=1.0,
-        mid_block_add_attention=False,
-    ),
-}
+def test_the_defaults_are_those_of_sd_1() -> None:
+    with skeletons():
+        counts = [UNet(UNetConfig()), VAE(VAEConfig()), TextEncoder(TextEncoderConfig())]
+    assert tuple(sum(value.numel() for value in module.parameters()) for module in counts) == COUNTS["SD 1.x"]
 
 
-@pytest.mark.parametrize("name", VAES)
-def test_vae_encodes_and_decodes_as_diffusers_does(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = VAES[name]
-    theirs = diffusers.AutoencoderKL.from_config(checkpoint.vae_json(config))
-    with torch.device("meta"):
-        ours = VAE(config)
-    load_theirs(theirs, tmp_path / "vae", ours)
-    images = torch.rand(2, 3, 64, 48) * 2 - 1
-    with torch.no_grad():
-        posterior = theirs.encode(images).latent_dist
-        mean, log_variance = ours.encode(images)
-        assert relative_error(mean, posterior.mean) <= 1e-4
-        assert relative_error(log_variance, posterior.logvar) <= 1e-4
-        latents = torch.randn(2, 4, 8, 6)
-        assert relative_error(ours.decode(latents), theirs.decode(latents).sample) <= 1e-4
+def test_a_unet_that_is_told_sizes_does_not_run_without(model_folder: Callable[[str], Path]) -> None:
+    unet = folder.read_unet(model_folder("SDXL") / "unet").load("cpu", torch.float32)
+    z, text = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match="sizes"):
+        unet(z, torch.tensor([1.0]), text)
+    assert unet(z, torch.tensor([1.0]), text, Added(torch.zeros(1, 64), torch.zeros(1, 6))).shape == z.shape
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_text_encoder_computes_what_transformers_computes(activation: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = TextEncoderConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=24,
-        hidden_act=activation,
-    )
-    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**dataclasses.asdict(config)))
-    with torch.device("meta"):
-        ours = TextEncoder(config)
-    load_theirs(theirs, tmp_path / "text_encoder", ours)
-    ids = torch.randint(0, 300, (3, 24))
-    with torch.no_grad():
-        assert relative_error(ours(ids), theirs(ids).last_hidden_state) <= 1e-4
-
-
-def test_full_size_sd15_has_the_reference_key_names_and_shapes() -> None:
-    with torch.device("meta"):
-        unet, vae, text = UNet(UNetConfig()), VAE(VAEConfig()), TextEncoder(TextEncoderConfig())
-        their_unet = diffusers.UNet2DConditionModel.from_config(checkpoint.unet_json(UNetConfig()))
-        their_vae = diffusers.AutoencoderKL.from_config(checkpoint.vae_json(VAEConfig()))
-        their_text = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**dataclasses.asdict(TextEncoderConfig()), projection_dim=768)
-        )
-
-    def shapes(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        return {prefix + key.removeprefix(prefix): tuple(value.shape) for key, value in module.state_dict().items()}
-
-    assert shapes(unet) == shapes(their_unet)
-    assert shapes(vae) == shapes(their_vae)
-    assert shapes(text) == shapes(their_text, "text_model.")
-    # Counts that the published SD 1.5 checkpoint is known by.
-    assert sum(value.numel() for value in unet.parameters()) == 859_520_964
-    assert sum(value.numel() for value in vae.parameters()) == 83_653_863
-    assert sum(value.numel() for value in text.parameters()) == 123_060_480
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(block_out_channels=(32, 40)),
+        UNetConfig(block_out_channels=()),
+        UNetConfig(num_attention_heads=(7, 7, 7, 7)),
+        UNetConfig(transformer_layers=([1, 2],) * 4),  # type: ignore[arg-type]
+        UNetConfig(in_channels="four"),  # type: ignore[arg-type]
+    ],
+)
+def test_sizes_that_do_not_go_together_are_a_model_error(config: UNetConfig) -> None:
+    with pytest.raises(ModelError, match="no network can be built"), skeletons():
+        UNet(config)

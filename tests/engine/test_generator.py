@@ -13,7 +13,7 @@ from sdbatch.engine.generator import Generator, Refused
 from sdbatch.engine.planner import _shards_of
 from sdbatch.ledger import Job, Shard, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
-from sdbatch.prompts import ImageRequest, RowIds, cut, requests_of_slice, to_table
+from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import Picture, parse_spec
 from sdbatch.storage import LocalStore
 
@@ -21,19 +21,19 @@ from sdbatch.storage import LocalStore
 class Planned:
     """Seven prompts in one shard: two batches of three and one padded batch of one."""
 
-    def __init__(self, root: Path, form: str = "images") -> None:
+    def __init__(self, root: Path, form: str = "images", **generate: Any) -> None:
         self.spec = parse_spec(
             {
                 "name": "t",
                 "input": {"uri": "x.csv"},
-                "generate": {"num_inference_steps": 2},
+                "generate": {"num_inference_steps": 2, **generate},
                 "output": {"uri": str(root), "format": form, "shard_size": 8},
                 "resources": {"batch_size": 3},
             }
         )
         self.store = LocalStore(root)
         rows: list[dict[str, str | None]] = [{"prompt": f"a red circle {i}"} for i in range(7)]
-        self.requests = requests_of_slice(rows, 0, self.spec, (64, 64), RowIds(False))
+        self.requests = requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False))
         runs = cut(self.requests, 8)
         (self.shard,) = _shards_of(runs, first=0, number=0)
         job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], "f" * 64, {}, 7, 0, 1)
@@ -55,6 +55,25 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     receipt = planned.generator().run_shard(planned.shard)
     assert (receipt.committed, receipt.batches) == (7, 3)
     return planned.sums()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eta", 0.9),
+        ("guidance_rescale", 0.9),
+        ("guidance_interval", [0.5, 1.0]),
+        ("clip_skip", 1),
+        ("emphasis", True),
+        ("sampler", "unipc_karras"),
+    ],
+)
+def test_every_setting_of_generation_reaches_the_model(name: str, value: Any, tmp_path: Path) -> None:
+    base = {"sampler": "ddim", "negative_prompt": "a (blue) ring"}
+    one, other = Planned(tmp_path / "one", **base), Planned(tmp_path / "other", **{**base, name: value})
+    for planned in (one, other):
+        planned.generator().run_shard(planned.shard)
+    assert not set(one.sums()) & set(other.sums())
 
 
 class Killed(BaseException):
@@ -92,8 +111,8 @@ def test_a_request_that_fails_alone_is_refused_and_its_neighbours_keep_their_byt
     generator = planned.generator()
     compute = generator._compute
 
-    def fail_on_request_1(slots: Sequence[ImageRequest | None]) -> Any:
-        if any(request is not None and request.prompt.endswith(" 1") for request in slots):
+    def fail_on_request_1(slots: Sequence[Any]) -> Any:
+        if any(slot is not None and slot.request.prompt.endswith(" 1") for slot in slots):
             raise RuntimeError("this request and no other")
         return compute(slots)
 
@@ -144,4 +163,4 @@ def test_a_committed_shard_is_not_made_again(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_described_by_its_place_and_shape(tmp_path: Path) -> None:
-    assert Planned(tmp_path).shard == Shard(0, 0, 0, 7, True, 64, 64, 2, "dpmpp_2m", True)
+    assert Planned(tmp_path).shard == Shard(0, 0, 0, 7, True, 64, 64, 2, "dpmpp_2m", True, 1, None, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sdbatch.ledger import (
     write_slice,
 )
 from sdbatch.outputs import EncodedPicture, encode, read_pictures
-from sdbatch.prompts import ImageRequest, RowIds, cut, requests_of_slice, to_table
+from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, Shape, cut, requests_of_slice, to_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import LocalStore
 
@@ -39,10 +40,11 @@ class Planned:
             {"name": "t", "input": {"uri": "x.csv"}, "output": {"uri": str(root), "format": form, "shard_size": 4}}
         )
         rows: list[dict[str, str | None]] = [{"prompt": None if i == 3 else f"prompt {i}"} for i in range(10)]
-        self.runs = cut(requests_of_slice(rows, 0, self.spec, (64, 64), RowIds(False)), 4)
+        self.runs = cut(requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False)), 4)
         shards, offset = [], 0
         for number, run in enumerate(self.runs):
-            shards.append(Shard(number, 0, offset, len(run.requests), run.shape is not None, 64, 64, 20, "ddim", True))
+            shape = Shape(64, 64, 20, "ddim", True, 1, None, False)
+            shards.append(Shard(number, 0, offset, len(run.requests), run.shape is not None, **asdict(shape)))
             offset += len(run.requests)
         job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], "f" * 64, {}, 10, 1, len(shards))
         requests = [request for run in self.runs for request in run.requests]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sdbatch.prompts import (
     ImageRequest,
+    ModelFacts,
     RowIds,
     cut,
     from_table,
@@ -36,7 +37,7 @@ def spec(**generate: Any) -> JobSpec:
 
 
 def requests(rows: list[dict[str, str | None]], job: JobSpec | None = None, mapped: bool = False) -> list[ImageRequest]:
-    return requests_of_slice(rows, 0, job or spec(), (64, 64), RowIds(mapped))
+    return requests_of_slice(rows, 0, job or spec(), ModelFacts((64, 64)), RowIds(mapped))
 
 
 def fault(row: dict[str, str | None], **generate: Any) -> str | None:

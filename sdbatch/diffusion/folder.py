@@ -1,0 +1,418 @@
+"""Checkpoints in the diffusers folder layout.
+
+FOLDER/model_index.json
+       unet/config.json             unet/diffusion_pytorch_model.safetensors
+       vae/config.json              vae/diffusion_pytorch_model.safetensors
+       text_encoder/config.json     text_encoder/model.safetensors
+       tokenizer/vocab.json, merges.txt, tokenizer_config.json
+       scheduler/scheduler_config.json
+       text_encoder_2/, tokenizer_2/     SDXL
+
+Weights may be split over files that ``….safetensors.index.json`` lists, or be there as ``….fp16.safetensors`` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdbatch.diffusion.checkpoint import Checkpoint, Component
+from sdbatch.diffusion.schedule import NoiseSchedule
+from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from sdbatch.diffusion.tokenizer import CLIPTokenizer, read_tokenizer, write_tokenizer
+from sdbatch.diffusion.unet import UNet, UNetConfig
+from sdbatch.diffusion.vae import VAE, VAEConfig
+from sdbatch.diffusion.weights import Origin, Weights
+from sdbatch.errors import ModelError
+
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+# -- reading ---------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """What lies in ``folder``, weights not yet read. Raises ModelError where a part is missing or not understood."""
+    index = read_json(folder / "model_index.json")
+    names = [name for name in ENCODERS if (folder / name / "config.json").is_file()]
+    if not names or not (folder / "unet").is_dir():
+        lacking = "unet/" if names else "text_encoder/config.json"
+        kind = f" ('{index['_class_name']}')" if "_class_name" in index else ""
+        raise ModelError(f"model '{folder}'{kind} has no {lacking}; only Stable Diffusion's families are supported")
+    unet = read_unet(folder / "unet")
+    spelling = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+    deciding = [
+        *(f"{name}/config.json" for name in ("unet", "vae", *names)),
+        *(f"{ENCODERS[name]}/{file}" for name in names for file in spelling),
+        "scheduler/scheduler_config.json",
+    ]
+    return Checkpoint(
+        path=folder,
+        layout="diffusers folder",
+        unet=unet,
+        vae=read_vae(folder / "vae"),
+        text_encoders=tuple(read_text_encoder(folder / name) for name in names),
+        tokenizers=tuple(read_tokenizer(folder / ENCODERS[name]) for name in names),
+        schedule=read_schedule(folder / "scheduler/scheduler_config.json"),
+        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", unet.config.added_dim is not None)),
+        aesthetic_score=bool(index.get("requires_aesthetics_score", False)),
+        deciding=tuple(folder / name for name in deciding if (folder / name).is_file()),
+    )
+
+
+def read_unet(folder: Path) -> Component:
+    config, weights = read_unet_config(folder / "config.json"), _weights(folder)
+    return Component(folder.name, UNet, config, weights, _plain_origins(weights))
+
+
+def read_vae(folder: Path) -> Component:
+    config, weights = read_vae_config(folder / "config.json"), _weights(folder)
+    return Component(folder.name, VAE, config, weights, _vae_origins(weights))
+
+
+def read_text_encoder(folder: Path) -> Component:
+    config, weights = read_text_config(folder / "config.json"), _weights(folder)
+    return Component(folder.name, TextEncoder, config, weights, _text_origins(weights))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config file, or a ModelError that names it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model file {path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"model file {path} should hold a JSON object")
+    return content
+
+
+def weights_name(part: str) -> str:
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def _weights(folder: Path) -> Weights:
+    stem = weights_name(folder.name)
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return Weights([whole])
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return Weights([folder / name for name in _shards(index)])
+    pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    found = f"; {pickles[0]} is a pickle, which can run code when opened: convert it" if pickles else ""
+    raise ModelError(f"model file {folder / stem}.safetensors is missing (only .safetensors weights are read{found})")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files beside ``index`` that it spreads the weights over."""
+    where = read_json(index).get("weight_map")
+    names = [str(name) for name in where.values()] if isinstance(where, dict) else []
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ModelError(f"model file {index}: {name} that it lists is missing")
+    if not names:
+        raise ModelError(f"model file {index}: weight_map lists no files")
+    return sorted(set(names))
+
+
+def _plain_origins(weights: Weights) -> dict[str, Origin]:
+    return {key: Origin(key) for key in weights.shapes}
+
+
+def _text_origins(weights: Weights) -> dict[str, Origin]:
+    """Keys begin with ``text_model.``, but some releases of transformers leave that out; positions are no weights."""
+    origins = {}
+    for key in weights.shapes:
+        known = key.startswith(("text_model.", "text_projection."))
+        origins[key if known else f"text_model.{key}"] = Origin(key)
+    origins.pop("text_model.embeddings.position_ids", None)
+    return origins
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _vae_origins(weights: Weights) -> dict[str, Origin]:
+    """Attention layers were called otherwise in early releases of diffusers."""
+    origins = {}
+    for key in weights.shapes:
+        module, _, kind = key.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        new = _OLD_ATTENTION.get(leaf) if ".attentions." in key else None
+        origins[f"{parent}.{new}.{kind}" if new else key] = Origin(key)
+    return origins
+
+
+#: What configs can ask for and no model of the family does, with the values that ask for nothing.
+_UNET_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DConditionModel",),
+    "act_fn": ("silu",),
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": (None, "default"),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (None, False),
+    "conv_in_kernel": (None, 3),
+    "conv_out_kernel": (None, 3),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (None, False),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (None, False),
+    "resnet_out_scale_factor": (None, 1.0),
+    "resnet_skip_time_act": (None, False),
+    "resnet_time_scale_shift": (None, "default"),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": (None, "positional"),
+    "timestep_post_act": (None,),
+}
+_VAE_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None, 0.0),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+_TEXT_ACCEPTED: dict[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu")}
+
+
+@contextmanager
+def _config(path: Path, accepted: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """A config to read settings from. Raises ModelError that names what it lacks and what is not ``accepted``."""
+    raw = read_json(path)
+    for field, values in accepted.items():
+        if field in raw and raw[field] not in values:
+            raise ModelError(f"model file {path}: {field}: {raw[field]!r} is not supported")
+    try:
+        yield raw
+    except KeyError as error:
+        raise ModelError(f"model file {path}: lacks {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"model file {path}: not understood: {error}") from None
+
+
+_BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+
+
+def read_unet_config(path: Path) -> UNetConfig:
+    with _config(path, _UNET_ACCEPTED) as raw:
+        down = raw["down_block_types"]
+        for kind in down:
+            if kind not in _BLOCKS:
+                raise ModelError(f"model file {path}: down_block_types: {kind!r} is not supported")
+        up = [_BLOCKS[kind] for kind in reversed(down)]
+        if raw.get("up_block_types", up) != up:
+            raise ModelError(f"model file {path}: up_block_types don't mirror down_block_types")
+        widths = raw["block_out_channels"]
+        # The reference's "attention_head_dim" has always held the number of heads.
+        heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
+        layers = raw.get("transformer_layers_per_block") or 1
+        added = raw.get("addition_embed_type") == "text_time"
+        return UNetConfig(
+            in_channels=raw["in_channels"],
+            out_channels=raw["out_channels"],
+            block_out_channels=tuple(widths),
+            attention=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
+            num_attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
+            layers_per_block=raw["layers_per_block"],
+            transformer_layers=tuple(layers) if isinstance(layers, list) else (layers,) * len(widths),
+            cross_attention_dim=raw["cross_attention_dim"],
+            use_linear_projection=bool(raw.get("use_linear_projection")),
+            added_sizes_dim=raw["addition_time_embed_dim"] if added else None,
+            added_dim=raw["projection_class_embeddings_input_dim"] if added else None,
+            norm_num_groups=raw.get("norm_num_groups", 32),
+            norm_eps=raw.get("norm_eps", 1e-5),
+            sample_size=raw.get("sample_size") or 64,
+        )
+
+
+def read_vae_config(path: Path) -> VAEConfig:
+    with _config(path, _VAE_ACCEPTED) as raw:
+        for field, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            for kind in raw.get(field, []):
+                if kind != known:
+                    raise ModelError(f"model file {path}: {field}: {kind!r} is not supported")
+        size = raw.get("sample_size", 512)
+        return VAEConfig(
+            in_channels=raw["in_channels"],
+            out_channels=raw["out_channels"],
+            block_out_channels=tuple(raw["block_out_channels"]),
+            layers_per_block=raw["layers_per_block"],
+            latent_channels=raw["latent_channels"],
+            norm_num_groups=raw.get("norm_num_groups", 32),
+            scaling_factor=raw.get("scaling_factor", 0.18215),
+            mid_block_add_attention=raw.get("mid_block_add_attention", True),
+            sample_size=size[0] if isinstance(size, list) else size,
+            force_upcast=raw.get("force_upcast", False),
+        )
+
+
+def read_text_config(path: Path) -> TextEncoderConfig:
+    with _config(path, _TEXT_ACCEPTED) as raw:
+        names = [field.name for field in dataclasses.fields(TextEncoderConfig) if field.name != "projection_dim"]
+        projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]
+        settings = {name: raw[name] for name in names if name in raw}
+        return TextEncoderConfig(**settings, projection_dim=raw.get("projection_dim", 512) if projected else None)
+
+
+#: What the reference's schedulers take where a config is silent: not what Stable Diffusion was trained with.
+_SILENT = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_SCHEDULE_ACCEPTED: dict[str, tuple[Any, ...]] = {"trained_betas": (None,)}
+
+
+def read_schedule(path: Path) -> NoiseSchedule:
+    with _config(path, _SCHEDULE_ACCEPTED) as raw:
+        kind = str(raw.get("_class_name"))
+        if "EDM" in kind or "FlowMatch" in kind:
+            raise ModelError(f"model file {path}: _class_name: '{kind}' is not supported")
+        names = [field.name for field in dataclasses.fields(NoiseSchedule)]
+        settings = {**_SILENT, **{name: raw[name] for name in names if name in raw}}
+        try:
+            return NoiseSchedule(**settings)
+        except ModelError as error:
+            raise ModelError(f"model file {path}: {error}") from None
+
+
+# -- writing ---------------------------------------------------------------------------------------------
+
+
+def write_configs(folder: Path, checkpoint: Checkpoint) -> None:
+    """Everything but the weights."""
+    _write_json(folder / "unet/config.json", unet_json(checkpoint.unet.config))
+    _write_json(folder / "vae/config.json", vae_json(checkpoint.vae.config))
+    for encoder, tokenizer in zip(checkpoint.text_encoders, checkpoint.tokenizers, strict=True):
+        _write_json(folder / encoder.name / "config.json", text_json(encoder.config, tokenizer))
+        write_tokenizer(folder / ENCODERS[encoder.name], tokenizer)
+    _write_json(folder / "scheduler/scheduler_config.json", scheduler_json(checkpoint.schedule))
+    _write_json(folder / "model_index.json", _model_index(checkpoint))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def unet_json(config: UNetConfig) -> dict[str, Any]:
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)]
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": config.added_sizes_dim,
+        "projection_class_embeddings_input_dim": config.added_dim,
+    }
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        **(added if config.added_dim else {}),
+        "attention_head_dim": list(config.num_attention_heads),
+        "block_out_channels": list(config.block_out_channels),
+        "center_input_sample": False,
+        "cross_attention_dim": config.cross_attention_dim,
+        "down_block_types": down,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": config.in_channels,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_scale_factor": 1,
+        "norm_eps": config.norm_eps,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "transformer_layers_per_block": list(config.transformer_layers),
+        "up_block_types": up,
+        "use_linear_projection": config.use_linear_projection,
+    }
+
+
+def vae_json(config: VAEConfig) -> dict[str, Any]:
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": config.force_upcast,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "scaling_factor": config.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def text_json(config: TextEncoderConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    projected = config.projection_dim is not None
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **dataclasses.asdict(config),
+        "projection_dim": config.projection_dim or config.hidden_size,
+        "dtype": "float32",  # else transformers would compute in the format of the stored weights
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def scheduler_json(schedule: NoiseSchedule) -> dict[str, Any]:
+    """The schedule as DDIM's config; settings that say nothing are left out."""
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(schedule).items()
+        if value is not None and (value or not name.endswith("_sigmas"))
+    }
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, **fields}
+
+
+#: Diffusers takes an inpainting model for one of before 0.6 unless it is told.
+_SINCE = "0.35.0"
+
+
+def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    names: Sequence[str] = [encoder.name for encoder in checkpoint.text_encoders]
+    projected = {e.name for e in checkpoint.text_encoders if e.config.projection_dim is not None}
+    text = {}
+    for name in ENCODERS if checkpoint.unet.config.added_dim else ["text_encoder"]:
+        kind = "CLIPTextModelWithProjection" if name in projected else "CLIPTextModel"
+        there = name in names
+        text[name] = ["transformers", kind] if there else [None, None]
+        text[ENCODERS[name]] = ["transformers", "CLIPTokenizer"] if there else [None, None]
+    shared = {
+        "_diffusers_version": _SINCE,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        **text,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    repaints = checkpoint.unet.config.in_channels == 9
+    if not checkpoint.unet.config.added_dim:
+        plain = "StableDiffusionInpaintPipeline" if repaints else "StableDiffusionPipeline"
+        safety = {"requires_safety_checker": False, "safety_checker": [None, None]}
+        return {"_class_name": plain, **shared, **safety}
+    refines = {"requires_aesthetics_score": True} if checkpoint.aesthetic_score else {}
+    kind = "Img2Img" if checkpoint.aesthetic_score else "Inpaint" if repaints else ""
+    zeros = {"force_zeros_for_empty_prompt": checkpoint.zero_empty_prompt}
+    return {"_class_name": f"StableDiffusionXL{kind}Pipeline", **shared, **zeros, **refines}

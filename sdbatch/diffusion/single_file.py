@@ -1,0 +1,504 @@
+"""Checkpoints in one .safetensors file, as their authors' own code writes them (the "original" layout).
+
+    model.diffusion_model.…            U-Net
+    first_stage_model.…                VAE
+    cond_stage_model.transformer.…     SD 1.x: CLIP's text encoder      cond_stage_model.model.…   SD 2.x: OpenCLIP's
+    conditioner.embedders.0.…, .1.…    SDXL: both; its refiner: OpenCLIP's alone
+
+A file has no configuration. The family shows in the names, sizes in the shapes; what neither can tell (the number
+of attention heads, the noise schedule) belongs to the family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdbatch.diffusion.checkpoint import Checkpoint, Component
+from sdbatch.diffusion.schedule import NoiseSchedule
+from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from sdbatch.diffusion.tokenizer import EOS, CLIPTokenizer
+from sdbatch.diffusion.unet import UNet, UNetConfig
+from sdbatch.diffusion.vae import VAE, VAEConfig
+from sdbatch.diffusion.weights import Origin, Weights, skeletons, some, write
+from sdbatch.errors import ModelError
+
+UNET, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+
+
+@dataclass(frozen=True)
+class EncoderPreset:
+    """A text encoder in a file: ``clip`` as transformers names it, ``open_clip`` as OpenCLIP does."""
+
+    name: str
+    prefix: str
+    layout: str
+    pad_token: str = EOS
+    pooled: bool = False
+    most_layers: int | None = None  # layers that files may have beyond these are never used
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the files of a family have in common and don't say."""
+
+    encoders: tuple[EncoderPreset, ...]
+    heads: int | None  # attention heads at every level; None: 64 channels a head
+    scaling_factor: float
+    sample_size: int  # latent height and width that the model was trained at
+    prediction_type: str | None  # None: there are both kinds
+    aesthetic_score: bool = False
+
+    @property
+    def sdxl(self) -> bool:
+        return self.encoders[-1].pooled
+
+
+FAMILIES = {
+    "SD 1.x": Family(
+        (EncoderPreset("text_encoder", "cond_stage_model.transformer.", "clip"),), 8, 0.18215, 64, "epsilon"
+    ),
+    "SD 2.x": Family(
+        (EncoderPreset("text_encoder", "cond_stage_model.model.", "open_clip", "!", most_layers=23),),
+        None,
+        0.18215,
+        64,
+        None,
+    ),
+    "SDXL": Family(
+        (
+            EncoderPreset("text_encoder", "conditioner.embedders.0.transformer.", "clip"),
+            EncoderPreset("text_encoder_2", "conditioner.embedders.1.model.", "open_clip", "!", pooled=True),
+        ),
+        None,
+        0.13025,
+        128,
+        "epsilon",
+    ),
+    "SDXL refiner": Family(
+        (EncoderPreset("text_encoder_2", "conditioner.embedders.0.model.", "open_clip", "!", pooled=True),),
+        None,
+        0.13025,
+        128,
+        "epsilon",
+        aesthetic_score=True,
+    ),
+}
+
+#: Keys of networks that mean nothing to a sampler. Nor does anything that belongs to no network.
+_IGNORED = re.compile(r".*\.(position_ids|logit_scale|attn_mask)$|first_stage_model\.loss\.")
+
+#: Marks of Karras et al. 2022's preconditioning, with which the same network means something else.
+_EDM = ("edm_mean", "edm_vpred.sigma_max")
+
+# -- reading ---------------------------------------------------------------------------------------------
+
+
+def read_single_file(
+    path: Path, tokenizer: Callable[[], CLIPTokenizer], prediction_type: str | None = None
+) -> Checkpoint:
+    """What lies in ``path``, weights not yet read. ``tokenizer`` is asked for one, since files bring none.
+
+    Raises ModelError where the file is no Stable Diffusion model, or where only ``prediction_type`` could tell
+    what it was trained to predict.
+    """
+    weights = Weights([path])
+    preset = FAMILIES[_family(weights)]
+    predicts = _prediction(weights, preset, prediction_type)
+    unet = _unet_config(weights, preset, predicts)
+    vae = _vae_config(weights, preset)
+    encoders = tuple(_encoder(weights, encoder) for encoder in preset.encoders)
+    parts = (
+        Component("unet", UNet, unet, weights, unet_origins(unet)),
+        Component("vae", VAE, vae, weights, vae_origins(vae)),
+        *(
+            Component(encoder.name, TextEncoder, config, weights, _found(weights, encoder, config))
+            for encoder, config in zip(preset.encoders, encoders, strict=True)
+        ),
+    )
+    _refuse_unknown(weights, parts, preset)
+    zero_snr = "ztsnr" in weights.shapes
+    schedule = NoiseSchedule(
+        prediction_type=predicts,
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing="trailing" if zero_snr else "leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    base = tokenizer()
+    return Checkpoint(
+        path=path,
+        layout="single file",
+        unet=parts[0],
+        vae=parts[1],
+        text_encoders=parts[2:],
+        tokenizers=tuple(base.padded_with(encoder.pad_token) for encoder in preset.encoders),
+        schedule=schedule,
+        zero_empty_prompt=preset.sdxl and not preset.aesthetic_score,
+        aesthetic_score=preset.aesthetic_score,
+        deciding=(),
+    )
+
+
+def _family(weights: Weights) -> str:
+    """By the names of the text encoders' keys. Raises ModelError if this is nothing that we know."""
+    if any(mark in weights.shapes for mark in _EDM):
+        raise ModelError(f"model file {weights.name}: models with EDM preconditioning are not supported")
+    for name, preset in FAMILIES.items():
+        prefixes = [encoder.prefix for encoder in preset.encoders]
+        if all(any(key.startswith(prefix) for key in weights.shapes) for prefix in prefixes):
+            return name
+    first = next(iter(sorted(weights.shapes)), "nothing")
+    if any(key.startswith("lora_") or ".lora" in key for key in weights.shapes):
+        told = "it holds a LoRA, which belongs under model.loras, not a model"
+    elif f"{UNET}input_blocks.0.0.weight" in weights.shapes:
+        told = "it has a U-Net but no text encoder; use the full checkpoint"
+    else:
+        told = f"its keys (such as '{first}') are those of no Stable Diffusion model"
+    raise ModelError(f"model file {weights.name}: {told}")
+
+
+def _prediction(weights: Weights, preset: Family, wanted: str | None) -> str:
+    """What the network predicts: as the spec says, as the file is marked, as the family always does."""
+    if wanted is not None:
+        return wanted
+    if "v_pred" in weights.shapes:
+        return "v_prediction"
+    told = _MODELSPEC.get(weights.metadata.get(_PREDICTION, "")) or preset.prediction_type
+    if told is None and "global_step" in weights.shapes:
+        told = _STEPS.get(int(weights.tensor(Origin("global_step")).flatten()[0]))
+    if told is not None:
+        return told
+    raise ModelError(
+        f"model file {weights.name}: nothing in a file of this family tells whether it predicts ε or v; set "
+        "model.prediction_type to epsilon (SD 2.x base, 512 pixels) or v_prediction (768 pixels)"
+    )
+
+
+#: ModelSpec, which trainers write into the header: github.com/Stability-AI/ModelSpec.
+_PREDICTION = "modelspec.prediction_type"
+_MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction"}
+#: Steps that the published SD 2.0 base and SD 2.1 were trained for.
+_STEPS = {875_000: "epsilon", 110_000: "v_prediction"}
+
+
+def _shape(weights: Weights, key: str, dims: int) -> tuple[int, ...]:
+    if key not in weights.shapes:
+        raise ModelError(f"model file {weights.name}: lacks: {key}")
+    shape = weights.shapes[key]
+    if len(shape) != dims:
+        raise ModelError(f"model file {weights.name}: misshapen: {key} is {shape} but should have {dims} dimensions")
+    return shape
+
+
+def _count(weights: Weights, pattern: str) -> int:
+    """How many numbers from 0 stand at ``{}`` in some key."""
+    count = 0
+    while any(key.startswith(pattern.format(count)) for key in weights.shapes):
+        count += 1
+    return count
+
+
+def _unet_config(weights: Weights, preset: Family, predicts: str) -> UNetConfig:
+    """The way down, block by block: a stem, then residual blocks and, between levels, a downsampling each."""
+    widths: list[int] = []
+    depths: list[int] = []
+    layers = 1
+    context = 768
+    _, in_channels = _shape(weights, f"{UNET}input_blocks.0.0.weight", 4)[:2]
+    for number in range(1, _count(weights, UNET + "input_blocks.{}.")):
+        block = f"{UNET}input_blocks.{number}."
+        if f"{block}0.op.weight" in weights.shapes:
+            layers = 1
+            continue
+        out = _shape(weights, f"{block}0.out_layers.3.weight", 4)[0]
+        if number == 1 or f"{UNET}input_blocks.{number - 1}.0.op.weight" in weights.shapes:
+            widths.append(out)
+            depths.append(_count(weights, block + "1.transformer_blocks.{}."))
+            layers = 1
+        else:
+            layers += 1
+        if depths[-1]:
+            context = _shape(weights, f"{block}1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+    middle = _count(weights, UNET + "middle_block.1.transformer_blocks.{}.")
+    if not widths or not any(depths) or not middle:
+        raise ModelError(f"model file {weights.name}: its U-Net has no attention to text")
+    added = _shape(weights, f"{UNET}label_emb.0.0.weight", 2)[1] if preset.sdxl else None
+    projections = [shape for key, shape in weights.shapes.items() if _PROJECTION.match(key)]
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=_shape(weights, f"{UNET}out.2.weight", 4)[0],
+        block_out_channels=tuple(widths),
+        attention=tuple(depth > 0 for depth in depths),
+        num_attention_heads=tuple(preset.heads or max(out // 64, 1) for out in widths),
+        layers_per_block=layers,
+        # The middle is as deep as the last level would be, also where that has no attention of its own.
+        transformer_layers=(*(depth or 1 for depth in depths[:-1]), middle),
+        cross_attention_dim=context,
+        use_linear_projection=all(len(shape) == 2 for shape in projections),
+        added_sizes_dim=256 if added else None,
+        added_dim=added,
+        # Of the family that has both kinds, v is what the models of 768 pixels predict.
+        sample_size=96 if preset.prediction_type is None and predicts == "v_prediction" else preset.sample_size,
+    )
+
+
+_PROJECTION = re.compile(re.escape(UNET) + r"input_blocks\.\d+\.1\.proj_in\.weight$")
+
+
+def _vae_config(weights: Weights, preset: Family) -> VAEConfig:
+    prefix = f"{VAE_PREFIX}encoder."
+    levels = _count(weights, prefix + "down.{}.")
+    layers = _count(weights, prefix + "down.0.block.{}.")
+    widths = [_shape(weights, f"{prefix}down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
+    if not widths:
+        raise ModelError(f"model file {weights.name}: lacks: {prefix}down.0.block.0.conv2.weight")
+    return VAEConfig(
+        in_channels=_shape(weights, f"{prefix}conv_in.weight", 4)[1],
+        out_channels=_shape(weights, f"{VAE_PREFIX}decoder.conv_out.weight", 4)[0],
+        block_out_channels=tuple(widths),
+        layers_per_block=layers,
+        latent_channels=_shape(weights, f"{VAE_PREFIX}post_quant_conv.weight", 4)[0],
+        scaling_factor=preset.scaling_factor,
+        mid_block_add_attention=f"{prefix}mid.attn_1.q.weight" in weights.shapes,
+        sample_size=preset.sample_size * (1 << (levels - 1)),
+        force_upcast=preset.sdxl,
+    )
+
+
+def _encoder(weights: Weights, preset: EncoderPreset) -> TextEncoderConfig:
+    prefix = preset.prefix
+    if preset.layout == "clip":
+        stem = "" if _bare(weights, preset) else "text_model."
+        layer, wide = f"{stem}encoder.layers.{{}}.", "mlp.fc1.weight"
+        tokens, positions = f"{stem}embeddings.token_embedding.weight", f"{stem}embeddings.position_embedding.weight"
+    else:
+        layer, wide = "transformer.resblocks.{}.", "mlp.c_fc.weight"
+        tokens, positions = "token_embedding.weight", "positional_embedding"
+    vocabulary, width = _shape(weights, prefix + tokens, 2)
+    layers = _count(weights, prefix + layer)
+    return TextEncoderConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=_shape(weights, prefix + layer.format(0) + wide, 2)[0],
+        num_hidden_layers=min(layers, preset.most_layers or layers),
+        num_attention_heads=max(width // 64, 1),
+        max_position_embeddings=_shape(weights, prefix + positions, 2)[0],
+        hidden_act="quick_gelu" if preset.layout == "clip" else "gelu",
+        projection_dim=_shape(weights, f"{prefix}text_projection", 2)[1] if preset.pooled else None,
+    )
+
+
+def _bare(weights: Weights, preset: EncoderPreset) -> bool:
+    """Some files leave out the ``text_model.`` that transformers' names begin with."""
+    return any(key.startswith(f"{preset.prefix}embeddings.") for key in weights.shapes)
+
+
+def _found(weights: Weights, preset: EncoderPreset, config: TextEncoderConfig) -> dict[str, Origin]:
+    origins = encoder_origins(preset, config)
+    if not _bare(weights, preset):
+        return origins
+    return {key: Origin(preset.prefix + key.removeprefix("text_model.")) for key in origins}
+
+
+def _refuse_unknown(weights: Weights, parts: tuple[Component, ...], preset: Family) -> None:
+    known = {origin.key for part in parts for origin in part.origins.values()}
+    unread = []  # what the states of an early layer have no need of
+    for encoder in preset.encoders:
+        if encoder.most_layers is not None:
+            unread += [f"{encoder.prefix}transformer.resblocks.{encoder.most_layers}.", f"{encoder.prefix}text_proj"]
+    prefixes = (UNET, VAE_PREFIX, *(encoder.prefix for encoder in preset.encoders))
+    unknown = [
+        key
+        for key in sorted(weights.shapes.keys() - known)
+        if key.startswith(prefixes) and not _IGNORED.match(key) and not key.startswith(tuple(unread))
+    ]
+    if unknown:
+        raise ModelError(f"model file {weights.name}: has unknown: {some(unknown)}")
+
+
+# -- names: ours → the file's ------------------------------------------------------------------------------
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def unet_modules(config: UNetConfig) -> dict[str, str]:
+    """Every block of the U-Net: our name → the original one, without the prefix."""
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    last = len(config.block_out_channels) - 1
+    number = 1
+    for level in range(last + 1):
+        for layer in range(config.layers_per_block):
+            names[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{number}.0"
+            names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{number}.1"
+            number += 1
+        if level < last:
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            number += 1
+    number = 0
+    for level in range(last + 1):
+        attends = config.attention[last - level]
+        for layer in range(config.layers_per_block + 1):
+            names[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
+            names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
+            if level < last and layer == config.layers_per_block:
+                names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{1 + attends}.conv"
+            number += 1
+    return names
+
+
+def unet_origins(config: UNetConfig) -> dict[str, Origin]:
+    return _origins(UNet, config, unet_modules(config), _RESNET, UNET)
+
+
+def vae_origins(config: VAEConfig) -> dict[str, Origin]:
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    last = len(config.block_out_channels) - 1
+    for half, way, blocks, resample in (
+        ("encoder", "down", config.layers_per_block, "downsamplers.0.conv"),
+        ("decoder", "up", config.layers_per_block + 1, "upsamplers.0.conv"),
+    ):
+        for layer in ("conv_in", "conv_out"):
+            names[f"{half}.{layer}"] = f"{half}.{layer}"
+        names[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        for i in (0, 1):
+            names[f"{half}.mid_block.resnets.{i}"] = f"{half}.mid.block_{i + 1}"
+        names[f"{half}.mid_block.attentions.0"] = f"{half}.mid.attn_1"
+        for level in range(last + 1):
+            theirs = f"{half}.{way}.{level if way == 'down' else last - level}"
+            for i in range(blocks):
+                names[f"{half}.{way}_blocks.{level}.resnets.{i}"] = f"{theirs}.block.{i}"
+            names[f"{half}.{way}_blocks.{level}.{resample}"] = f"{theirs}.{way}sample.conv"
+    inside = {
+        "conv_shortcut": "nin_shortcut",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
+    return _origins(VAE, config, names, inside, VAE_PREFIX)
+
+
+def encoder_origins(preset: EncoderPreset, config: TextEncoderConfig) -> dict[str, Origin]:
+    keys = _keys(TextEncoder, config)
+    if preset.layout == "clip":
+        return {key: Origin(preset.prefix + key) for key in keys}
+    return {key: _open_clip(preset.prefix, key) for key in keys}
+
+
+_OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def _open_clip(prefix: str, key: str) -> Origin:
+    if key == "text_projection.weight":
+        return Origin(prefix + "text_projection", transposed=True)
+    if key in _OPEN_CLIP:
+        return Origin(prefix + _OPEN_CLIP[key])
+    number, _, inner = key.removeprefix("text_model.encoder.layers.").partition(".")
+    module, _, kind = inner.rpartition(".")
+    block = f"{prefix}transformer.resblocks.{number}."
+    if module in _OPEN_CLIP_LAYER:
+        return Origin(f"{block}{_OPEN_CLIP_LAYER[module]}.{kind}")
+    third = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(module)
+    return Origin(f"{block}attn.in_proj_{kind}", third=third)
+
+
+def _keys(kind: type, config: object) -> list[str]:
+    with skeletons():
+        return list(kind(config).state_dict())
+
+
+def _origins(
+    kind: type, config: object, modules: Mapping[str, str], inside: Mapping[str, str], prefix: str
+) -> dict[str, Origin]:
+    """Each key of a network: the longest of its beginnings that ``modules`` knows, then ``inside`` the block."""
+    origins = {}
+    for key in _keys(kind, config):
+        module, _, leaf = key.rpartition(".")
+        inner: list[str] = []
+        while module not in modules:
+            module, _, part = module.rpartition(".")
+            inner.insert(0, part)
+        within = ".".join(inner)
+        origins[key] = Origin(prefix + ".".join(filter(None, (modules[module], inside.get(within, within), leaf))))
+    return origins
+
+
+# -- writing ---------------------------------------------------------------------------------------------
+
+
+def write_single_file(
+    path: Path, checkpoint: Checkpoint, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Write a model's networks, ``states`` by our names, as one file that says what it predicts. Raises ModelError."""
+    spelt = {ours: theirs for theirs, ours in _MODELSPEC.items()}
+    metadata = {_PREDICTION: spelt[checkpoint.schedule.prediction_type]}
+    write(path, original_tensors(checkpoint, states), dtype, metadata)
+
+
+def original_tensors(checkpoint: Checkpoint, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a model's networks, by our names, under the names and in the forms of a single file.
+
+    Raises ModelError for a model that belongs to none of the families that have such files.
+    """
+    preset = FAMILIES.get(checkpoint.family.removesuffix(" inpainting"))
+    if preset is None:
+        raise ModelError(f"model '{checkpoint.path}': {checkpoint.family} has no single-file layout")
+    origins = {"unet": unet_origins(checkpoint.unet.config), "vae": vae_origins(checkpoint.vae.config)}
+    for encoder, part in zip(preset.encoders, checkpoint.text_encoders, strict=True):
+        origins[part.name] = encoder_origins(encoder, part.config)
+    tensors: dict[str, Tensor] = {}
+    fused: dict[str, dict[int, Tensor]] = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            origin = origins[name][key]
+            if origin.third is not None:
+                fused.setdefault(origin.key, {})[origin.third] = value
+            elif origin.transposed:
+                tensors[origin.key] = value.T
+            elif name == "vae" and ".attentions." in key and value.ndim == 2:
+                tensors[origin.key] = value[:, :, None, None]
+            else:
+                tensors[origin.key] = value
+    tensors |= {key: torch.cat([thirds[i] for i in range(3)]) for key, thirds in fused.items()}
+    if checkpoint.schedule.prediction_type == "v_prediction":
+        tensors["v_pred"] = torch.tensor([])
+    if checkpoint.schedule.rescale_betas_zero_snr:
+        tensors["ztsnr"] = torch.tensor([])
+    return tensors

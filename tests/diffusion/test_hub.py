@@ -1,0 +1,304 @@
+"""Models from the Hugging Face Hub, which here is a small server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdbatch.diffusion import LatentDiffusion, open_checkpoint
+from sdbatch.errors import ModelError
+from tests.diffusion import tiny_models
+
+OLD, NEW = "0" * 40, "1" * 40  # commits
+
+
+@dataclass
+class Hub:
+    """Repositories by name: what each revision stands for, and the folder of each commit."""
+
+    revisions: dict[str, dict[str, str]]
+    folders: dict[tuple[str, str], Path]
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def fetched(self, repo: str, commit: str = NEW) -> set[str]:
+        prefix = f"GET /{repo}/resolve/{commit}/"
+        return {line.removeprefix(prefix) for line in self.asked if line.startswith(prefix)}
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    """The four endpoints that opening a model takes (huggingface.co/docs/hub/api)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = self.path.partition("?")[0]
+            hub.asked.append(f"{self.command} {path}")
+            about = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path)
+            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            if found := about or file:
+                repo, revision = found[1], found[3] if about else found[2]
+                if repo == "studio/gated":
+                    return self.send(403, {"X-Error-Code": "GatedRepo"})
+                if repo not in hub.revisions:
+                    return self.send(404, {"X-Error-Code": "RepoNotFound"})
+                commit = hub.revisions[repo].get(revision, revision)
+                if (repo, commit) not in hub.folders:
+                    return self.send(404, {"X-Error-Code": "RevisionNotFound"})
+                folder = hub.folders[repo, commit]
+                if file:
+                    content = (folder / file[3]).read_bytes()
+                    return self.send(200, {"ETag": f'"{digest(content)}"', "X-Repo-Commit": commit}, content)
+                if about and about[2] == "tree":
+                    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+                    return self.send_json([entry(path, folder) for path in files])
+                return self.send_json({"id": repo, "sha": commit, "siblings": []})
+            return self.send(404, {})
+
+        def send_json(self, content: Any) -> None:
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+        def send(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:40]
+
+
+def entry(path: Path, folder: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {
+        "type": "file",
+        "path": path.relative_to(folder).as_posix(),
+        "size": len(content),
+        "oid": digest(content),
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """studio/whole has all that repositories pile up; of studio/half the U-Net is there in half precision only."""
+    folder = tmp_path_factory.mktemp("hub")
+    pipeline = tiny_models.sdxl()
+    whole = tiny_models.save(pipeline, folder / "whole")
+    model = LatentDiffusion.from_pretrained(whole)
+    model.save_pretrained(folder / "fp16", dtype="float16")
+    model.save_single_file(whole / "model.safetensors")
+    for path in (folder / "fp16").glob("*/*.safetensors"):
+        shutil.copy(path, whole / path.parent.name / f"{path.stem}.fp16.safetensors")
+    for name in ("unet/diffusion_pytorch_model.non_ema.safetensors", "vae_1_0/diffusion_pytorch_model.safetensors"):
+        (whole / name).parent.mkdir(exist_ok=True)
+        shutil.copy(whole / "unet/diffusion_pytorch_model.safetensors", whole / name)
+    for name in ("unet/diffusion_pytorch_model.bin", "vae_decoder/model.onnx", "README.md", "safety_checker/a.txt"):
+        (whole / name).parent.mkdir(exist_ok=True)
+        (whole / name).write_text("not for us")
+    old = shutil.copytree(whole, folder / "old")
+    scheduler = old / "scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    half = shutil.copytree(whole, folder / "half")
+    (half / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (half / "unet/diffusion_pytorch_model.non_ema.safetensors").unlink()
+    (folder / "empty").mkdir()
+    (folder / "empty/README.md").write_text("nothing")
+    hub = Hub(
+        {
+            "studio/whole": {"main": NEW, "v1": OLD, "refs%2Fpr%2F3": OLD},
+            "studio/half": {"main": NEW},
+            "studio/empty": {"main": NEW},
+        },
+        {
+            ("studio/whole", NEW): whole,
+            ("studio/whole", OLD): old,
+            ("studio/half", NEW): half,
+            ("studio/empty", NEW): folder / "empty",
+        },
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+CLIENT = """
+import json, sys
+from sdbatch.diffusion import open_checkpoint
+from sdbatch.errors import ModelError
+for uri in sys.argv[2:]:
+    try:
+        found = open_checkpoint(uri, tokenizer=sys.argv[1])
+        for part in found.components:
+            part.skeleton()
+        told = {"path": str(found.path), "family": found.family, "predicts": found.schedule.prediction_type,
+                "unet": sorted(set(found.unet.weights.dtypes.values()))}
+    except ModelError as error:
+        told = {"error": str(error)}
+    print(json.dumps(told))
+"""
+
+
+def ask(hub: Hub, cache: Path, *uris: str, **settings: str) -> dict[str, dict[str, Any]]:
+    """What each model looks like in a new process: the client reads its environment once, when it is imported."""
+    tokenizer = hub.folders["studio/whole", NEW] / "tokenizer"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **settings,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, str(tokenizer), *uris], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(uris, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@dataclass
+class Session:
+    """One process online, and the cache that it left."""
+
+    told: dict[str, dict[str, Any]]
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def session(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    cache = tmp_path_factory.mktemp("cache")
+    uris = [
+        "hf:studio/whole",
+        "hf:studio/whole@v1",
+        "hf:studio/whole@refs/pr/3",
+        f"hf:studio/whole@{OLD}/model.safetensors",
+        "hf:studio/half",
+        "hf:studio/whole@v9",
+        "hf:studio/whole/none.safetensors",
+        "hf:studio/gated",
+        "hf:studio/nothing",
+        "hf:studio/empty",
+        "hf:studio",
+        "hf:studio/whole/model.ckpt",
+    ]
+    return Session(ask(hub, cache, *uris), cache)
+
+
+def test_a_repository_is_fetched_without_what_is_not_read(hub: Hub, session: Session) -> None:
+    told = session.told["hf:studio/whole"]
+    assert (told["family"], told["predicts"], told["unet"]) == ("SDXL", "epsilon", ["F32"])
+    assert told["path"].endswith(NEW)
+    weights = {name for name in hub.fetched("studio/whole") if not name.endswith((".json", ".txt"))}
+    assert weights == {
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert "safety_checker/a.txt" not in hub.fetched("studio/whole")
+
+
+def test_half_precision_is_fetched_where_there_is_nothing_else(hub: Hub, session: Session) -> None:
+    told = session.told["hf:studio/half"]
+    assert (told["family"], told["unet"]) == ("SDXL", ["F16"])
+    halves = {name for name in hub.fetched("studio/half") if "fp16" in name}
+    assert halves == {"unet/diffusion_pytorch_model.fp16.safetensors"}
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/3"])
+def test_a_revision_is_what_it_stands_for(revision: str, session: Session) -> None:
+    told = session.told[f"hf:studio/whole@{revision}"]
+    assert told["predicts"] == "v_prediction"
+    assert told["path"].endswith(OLD)
+
+
+def test_one_file_of_a_repository_at_one_commit(session: Session) -> None:
+    told = session.told[f"hf:studio/whole@{OLD}/model.safetensors"]
+    assert told["family"] == "SDXL"
+    assert told["path"].endswith(f"{OLD}/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("hf:studio/nothing", "there is no such repository, or it is private"),
+        (
+            "hf:studio/gated",
+            r"its licence must be accepted at https://huggingface\.co/studio/gated and HF_TOKEN be set",
+        ),
+        ("hf:studio/whole@v9", "the repository has no revision 'v9'"),
+        ("hf:studio/whole/none.safetensors", r"has no none\.safetensors in that repository"),
+        ("hf:studio/empty", r"has no model_index\.json in that repository"),
+        ("hf:studio", "should be hf:OWNER/NAME"),
+        ("hf:studio/whole/model.ckpt", "should be hf:OWNER/NAME"),
+    ],
+)
+def test_what_can_not_be_had_is_said_in_words(uri: str, message: str, session: Session) -> None:
+    assert re.search(message, session.told[uri]["error"])
+    assert f"model '{uri}'" in session.told[uri]["error"]
+
+
+def test_what_was_fetched_needs_no_network(hub: Hub, session: Session) -> None:
+    before = len(hub.asked)
+    uris = ["hf:studio/whole", "hf:studio/whole@v1", "hf:studio/half"]
+    again = ask(hub, session.cache, *uris, "hf:studio/never", HF_HUB_OFFLINE="1")
+    assert [again[uri] for uri in uris] == [session.told[uri] for uri in uris]
+    assert "HF_HUB_OFFLINE is set" in again["hf:studio/never"]["error"]
+    assert len(hub.asked) == before
+
+
+def test_without_a_network_what_was_fetched_is_used_and_the_rest_refused(hub: Hub, session: Session) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        told = ask(hub, session.cache, "hf:studio/whole", "hf:studio/never", HF_ENDPOINT=nobody)
+    assert told["hf:studio/whole"] == session.told["hf:studio/whole"]
+    assert "the Hub can't be reached" in told["hf:studio/never"]["error"]
+
+
+def test_a_local_model_never_touches_the_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    folder = hub.folders["studio/whole", NEW]
+    assert LatentDiffusion.from_pretrained("builtin:shapes").schedule.num_train_timesteps == 1000
+    assert LatentDiffusion.from_pretrained(folder).checkpoint.family == "SDXL"
+    file = open_checkpoint(str(folder / "model.safetensors"), tokenizer=str(folder / "tokenizer"))
+    assert file.family == "SDXL"
+    with pytest.raises(ModelError, match="does not exist"):
+        open_checkpoint("studio/whole/model.safetensors")

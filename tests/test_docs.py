@@ -1,0 +1,62 @@
+"""What the documents name is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from sdbatch.spec import JobSpec
+from tests.test_cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def names_in(path: Path) -> set[str]:
+    """Every function, class, method and constant of a file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            methods = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
+            fields = (inner.target for inner in node.body if isinstance(inner, ast.AnnAssign))
+            found |= {f"{node.name}.{method.name}" for method in methods}
+            found |= {f"{node.name}.{field.id}" for field in fields if isinstance(field, ast.Name)}
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_the_walk_through_the_formulas_names_code_that_is_there() -> None:
+    text = (ROOT / "docs/from-formulas-to-code.md").read_text(encoding="utf-8")
+    known = {name for path in (ROOT / "sdbatch").rglob("*.py") for name in names_in(path)}
+    files = {path.name for path in (ROOT / "sdbatch").rglob("*.py")}
+    for word in re.findall(r"`([A-Za-z_][\w./]*)`", re.sub(r"\(\.\.[^)]*\)", "", text)):
+        if word.endswith(".py"):
+            assert word.rpartition("/")[2] in files, word
+        elif not (ROOT / word).exists():
+            assert word in known | SETTINGS, word
+
+
+SETTINGS = {field for section in JobSpec.model_json_schema()["$defs"].values() for field in section["properties"]} | {
+    "rescale_betas_zero_snr",
+    "euler",
+}
+
+
+def test_the_readme_names_every_command_and_every_field_of_the_spec() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"sdbatch {command}" in readme for command in COMMANDS)
+    for section in JobSpec.model_json_schema()["$defs"].values():
+        assert all(f"`{field}`" in readme for field in section["properties"])
