@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from sdbatch.diffusion.checkpoint import Checkpoint
+from sdbatch.diffusion.families import UNET
 from sdbatch.diffusion.lora import merge_lora
-from sdbatch.diffusion.single_file import UNET, unet_origins
+from sdbatch.diffusion.original_names import unet_origins
 from sdbatch.diffusion.textual_inversion import append_vectors, read_embedding
 from sdbatch.errors import ModelError
 

@@ -6,6 +6,7 @@ Every layout in which models are passed on is read into this one form (``folder`
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the names and contents of all files that decide what the model computes."""
         files = {path for component in self.components for path in component.weights.files} | set(self.deciding)
-        root = self.path if self.path.is_dir() else self.path.parent
-        inside = {str(path.relative_to(root)) if path.is_relative_to(root) else path.name: path for path in files}
+        # A single file is "." to itself: its name may change.
+        inside = {str(path.relative_to(self.path)): path for path in files}
         digest = hashlib.sha256()
         for name, path in sorted(inside.items()):
             with path.open("rb") as file:
                 digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        if not self.deciding:  # the tokenizers come from elsewhere
+            words = [[tokenizer.vocab, tokenizer.merges, tokenizer.pad_token] for tokenizer in self.tokenizers]
+            digest.update(json.dumps(words, sort_keys=True).encode())
         return digest.hexdigest()

@@ -30,7 +30,7 @@ def find_model(model: Model) -> FoundModel:
     checkpoint = open_checkpoint(uri, tokenizer, model.prediction_type, adaptations=added)
     networks = {component.name: component.skeleton() for component in checkpoint.components}
     adapt(checkpoint, networks, added)  # to networks without weights: only to see that everything fits
-    return FoundModel(checkpoint, added, _sha256(checkpoint, added, model))
+    return FoundModel(checkpoint, added, _sha256(checkpoint, added))
 
 
 def load_model(model: Model, device: str) -> LatentDiffusion:
@@ -77,16 +77,12 @@ def _adaptations(model: Model) -> tuple[Adaptation, ...]:
     return (*loras, *words)
 
 
-def _sha256(checkpoint: Checkpoint, added: tuple[Adaptation, ...], model: Model) -> str:
-    digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    others = [adaptation.path for adaptation in added]
-    if model.tokenizer is not None and checkpoint.layout == "single file":
-        folder = Path(bring(model.tokenizer)).expanduser()
-        others += sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".txt"})
-    if not others:
+def _sha256(checkpoint: Checkpoint, added: tuple[Adaptation, ...]) -> str:
+    if not added:
         return checkpoint.fingerprint()
-    for path in others:
-        with path.open("rb") as file:
+    digest = hashlib.sha256(checkpoint.fingerprint().encode())
+    for adaptation in added:
+        with adaptation.path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.diffusion.checkpoint import Checkpoint, unstored
+from sdbatch.diffusion.families import FAMILIES
 from sdbatch.diffusion.folder import read_text_config, read_unet_config, read_vae_config
 from sdbatch.diffusion.schedule import NoiseSchedule
-from sdbatch.diffusion.single_file import FAMILIES, original_tensors, read_single_file, write_single_file
+from sdbatch.diffusion.single_file import original_tensors, read_single_file, write_single_file
 from sdbatch.diffusion.text_encoder import TextEncoder
 from sdbatch.diffusion.unet import UNet, UNetConfig
 from sdbatch.diffusion.vae import VAE

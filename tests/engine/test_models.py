@@ -18,6 +18,7 @@ from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.engine.models import bring
 from sdbatch.storage import open_store
 from tests.conftest import CommandLine
+from tests.diffusion import tiny_models
 
 Write = Callable[..., Path]
 
@@ -167,6 +168,49 @@ def test_models_loras_and_embeddings_are_found_in_folders_and_in_s3(
     again = bring(f"s3://{bucket}/models/copy")
     assert open_checkpoint(again).family == "latent diffusion"
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_single_file_needs_a_tokenizer_and_may_be_called_otherwise_later(
+    sdbatch: CommandLine, write_job: Write, tmp_path: Path
+) -> None:
+    tiny_models.sdxl().save_pretrained(tmp_path / "sdxl")
+    file = tmp_path / "sdxl.safetensors"
+    LatentDiffusion.from_pretrained(tmp_path / "sdxl").save_single_file(file)
+    write_table(tmp_path, [{"prompt": "a red circle"}, {"prompt": "a blue ring"}])
+    told = sdbatch("run", write_job(model={"uri": str(file)}), code=2).stderr
+    assert "brings no tokenizer: set model.tokenizer" in told
+    tokenizer = str(tmp_path / "sdxl/tokenizer")
+    size = {"width": 64, "height": 64}  # a file does not say at which size this one is at home
+    sdbatch("plan", write_job(model={"uri": str(file), "tokenizer": tokenizer}, generate=size))
+    file.rename(tmp_path / "renamed.safetensors")
+    renamed = {"uri": str(tmp_path / "renamed.safetensors"), "tokenizer": tokenizer}
+    sdbatch("run", write_job(model=renamed, generate=size))
+    folder = {"uri": str(tmp_path / "folder")}
+    sdbatch("run", write_job(output=folder, model={"uri": str(tmp_path / "sdxl")}, generate=size))
+    one, other = pictures(tmp_path / "out"), pictures(tmp_path / "folder")
+    assert sorted(one) == sorted(other) == ["00000000-0", "00000001-0"]
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert sdbatch.json("inspect", tmp_path / "renamed.safetensors", "--tokenizer", tokenizer)["family"] == "SDXL"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_inpainting_model_wants_a_mask_in_every_row(sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
+    tiny_models.sd1(in_channels=9).save_pretrained(tmp_path / "inpainting")
+    Image.new("RGB", (64, 64), (200, 180, 160)).save(tmp_path / "photo.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
+    write_table(
+        tmp_path,
+        [
+            {"prompt": "a red circle", "init_image": "photo.png", "mask_image": "all.png"},
+            {"prompt": "a red circle", "init_image": "photo.png", "mask_image": ""},
+        ],
+    )
+    columns = {"init_image": "init_image", "mask_image": "mask_image"}
+    job = write_job(input={"columns": columns}, model={"uri": str(tmp_path / "inpainting")})
+    assert sdbatch.json("run", job, code=3)["committed"] == 1
+    (failure,) = sdbatch.json("errors", "out")
+    assert "an inpainting model needs init_image and mask_image" in failure["error"]
 
 
 def test_mistakes_about_models_end_before_anything_starts(
