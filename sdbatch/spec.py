@@ -174,6 +174,9 @@ class Model(Section):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="What the network predicts, where the checkpoint can't tell or is wrong"
     )
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
+        None, description="How steps are spread over the time steps, where the checkpoint can't tell or is wrong"
+    )
     loras: list[Lora] = Field(default_factory=list, description="LoRAs to merge into the weights")
     embeddings: list[LearntWord] = Field(default_factory=list, description="Textual inversions")
     vae_tiling: bool = Field(False, description="Decode large pictures tile by tile: less memory, soft seams")

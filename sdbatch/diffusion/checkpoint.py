@@ -76,6 +76,14 @@ class Checkpoint:
                 f"model '{self.path}': its U-Net takes {unet.in_channels} channels; only text to image ({latent}) and "
                 f"inpainting ({2 * latent + 1}) are supported"
             )
+        for text, tokenizer in zip(texts, self.tokenizers, strict=False):
+            highest = max(tokenizer.vocab.values())
+            if highest >= text.vocab_size or tokenizer.max_length > text.max_position_embeddings:
+                raise ModelError(
+                    f"model '{self.path}': its tokenizer gives ids up to {highest} and {tokenizer.max_length} of them, "
+                    f"but its text encoder knows {text.vocab_size} and reads {text.max_position_embeddings}: they are "
+                    "not of the same model"
+                )
         given = {"text states": sum(text.hidden_size for text in texts)}
         read = {"text states": unet.cross_attention_dim}
         if unet.added_dim:
@@ -118,7 +126,8 @@ class Checkpoint:
         for name, path in sorted(inside.items()):
             with path.open("rb") as file:
                 digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{self.zero_empty_prompt} {self.aesthetic_score}".encode())
         if not self.deciding:  # the tokenizers come from elsewhere
-            words = [[tokenizer.vocab, tokenizer.merges, tokenizer.pad_token] for tokenizer in self.tokenizers]
+            words = [[t.vocab, t.merges, t.pad_token, t.max_length] for t in self.tokenizers]
             digest.update(json.dumps(words, sort_keys=True).encode())
         return digest.hexdigest()

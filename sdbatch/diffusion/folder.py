@@ -42,7 +42,10 @@ def read_folder(folder: Path) -> Checkpoint:
         lacking = "unet/" if names else "text_encoder/config.json"
         kind = f" ('{index['_class_name']}')" if "_class_name" in index else ""
         raise ModelError(f"model '{folder}'{kind} has no {lacking}; only Stable Diffusion's families are supported")
-    unet = read_unet(folder / "unet")
+    unet, vae = read_unet(folder / "unet"), read_vae(folder / "vae")
+    encoders = tuple(read_text_encoder(folder / name) for name in names)
+    if unet.config.added_dim and "force_upcast" not in read_json(folder / "vae/config.json"):
+        vae = dataclasses.replace(vae, config=dataclasses.replace(vae.config, force_upcast=True))  # SDXL's habit
     spelling = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
     deciding = [
         *(f"{name}/config.json" for name in ("unet", "vae", *names)),
@@ -53,9 +56,12 @@ def read_folder(folder: Path) -> Checkpoint:
         path=folder,
         layout="diffusers folder",
         unet=unet,
-        vae=read_vae(folder / "vae"),
-        text_encoders=tuple(read_text_encoder(folder / name) for name in names),
-        tokenizers=tuple(read_tokenizer(folder / ENCODERS[name]) for name in names),
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tuple(
+            read_tokenizer(folder / ENCODERS[encoder.name]).within(encoder.config.max_position_embeddings)
+            for encoder in encoders
+        ),
         schedule=read_schedule(folder / "scheduler/scheduler_config.json"),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", unet.config.added_dim is not None)),
         aesthetic_score=bool(index.get("requires_aesthetics_score", False)),
@@ -82,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A config file, or a ModelError that names it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model file {path} can't be read: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"model file {path} should hold a JSON object")
@@ -224,6 +230,7 @@ def read_unet_config(path: Path) -> UNetConfig:
         heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
         layers = raw.get("transformer_layers_per_block") or 1
         added = raw.get("addition_embed_type") == "text_time"
+        size = raw.get("sample_size") or 64
         return UNetConfig(
             in_channels=raw["in_channels"],
             out_channels=raw["out_channels"],
@@ -238,7 +245,7 @@ def read_unet_config(path: Path) -> UNetConfig:
             added_dim=raw["projection_class_embeddings_input_dim"] if added else None,
             norm_num_groups=raw.get("norm_num_groups", 32),
             norm_eps=raw.get("norm_eps", 1e-5),
-            sample_size=raw.get("sample_size") or 64,
+            sample_size=int(size[0] if isinstance(size, list) else size),
         )
 
 
@@ -256,7 +263,7 @@ def read_vae_config(path: Path) -> VAEConfig:
             layers_per_block=raw["layers_per_block"],
             latent_channels=raw["latent_channels"],
             norm_num_groups=raw.get("norm_num_groups", 32),
-            scaling_factor=raw.get("scaling_factor", 0.18215),
+            scaling_factor=float(raw.get("scaling_factor", 0.18215)),
             mid_block_add_attention=raw.get("mid_block_add_attention", True),
             sample_size=size[0] if isinstance(size, list) else size,
             force_upcast=raw.get("force_upcast", False),

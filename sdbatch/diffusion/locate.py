@@ -33,13 +33,14 @@ def open_checkpoint(
     tokenizer: str | None = None,
     prediction_type: str | None = None,
     adaptations: Sequence[Adaptation] = (),
+    timestep_spacing: str | None = None,
 ) -> Checkpoint:
     """Find a model and understand it; weights are not read yet.
 
     ``uri``: ``builtin:NAME``, a folder in the diffusers layout, an original single .safetensors file, or
     ``hf:OWNER/NAME[@REVISION][/FILE]``. ``tokenizer``: a folder with vocab.json and merges.txt, for files that bring
-    none. ``prediction_type`` overrides what the checkpoint says. The tokenizers know the words that ``adaptations``
-    bring. Raises ModelError.
+    none. ``prediction_type`` and ``timestep_spacing`` override what the checkpoint says. The tokenizers know the
+    words that ``adaptations`` bring. Raises ModelError.
     """
     path = locate(uri)
     if path.is_file():
@@ -48,8 +49,18 @@ def open_checkpoint(
         checkpoint = read_folder(path)
         if prediction_type is not None:
             checkpoint = replace(checkpoint, schedule=replace(checkpoint.schedule, prediction_type=prediction_type))
+    if timestep_spacing is not None:
+        checkpoint = replace(checkpoint, schedule=replace(checkpoint.schedule, timestep_spacing=timestep_spacing))
     learn_words(checkpoint, adaptations)
     return checkpoint
+
+
+def local_path(uri: str) -> Path:
+    """A path on this machine, with ``~``. Raises ModelError for somebody's home that there is none of."""
+    try:
+        return Path(uri).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"'{uri}': {error}") from None
 
 
 def locate(uri: str) -> Path:
@@ -58,12 +69,12 @@ def locate(uri: str) -> Path:
         models = Path(str(importlib.resources.files("sdbatch"))) / "models"
         known = sorted(path.parent.name for path in models.glob("*/model_index.json"))
         folder = models / uri.removeprefix("builtin:")
-        if folder.name not in known:
+        if uri.removeprefix("builtin:") not in known:
             raise ModelError(f"model '{uri}' is not built in; there is: " + ", ".join(f"builtin:{n}" for n in known))
         return folder
     if uri.startswith("hf:"):
         return _from_hub(uri)
-    path = Path(uri).expanduser()
+    path = local_path(uri)
     if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         raise ModelError(f"model '{uri}' is a pickle, which can run code when opened; convert it to .safetensors")
     if path.suffix == ".safetensors":
@@ -126,7 +137,7 @@ def _fetch(found: re.Match[str], uri: str, wanted: list[str]) -> Path:
 
 def _tokenizer_for(path: Path, tokenizer: str | None) -> CLIPTokenizer:
     if tokenizer is not None:
-        folder = Path(tokenizer).expanduser()
+        folder = local_path(tokenizer)
         return read_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     installed = importlib.util.find_spec("open_clip")
     if installed is not None and installed.origin is not None:

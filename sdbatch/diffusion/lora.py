@@ -97,6 +97,9 @@ def _adapters(
         for mark, kind in _OTHER_KINDS.items():
             if mark in key:
                 raise ModelError(f"LoRA {path} is of a kind that is not supported, {kind}, as its key {key} tells")
+        whole = _ALPHA.fullmatch(key) is not None  # an alpha may be a whole number
+        if not (whole or tensors[key].is_floating_point()) or not tensors[key].isfinite().all():
+            raise ModelError(f"LoRA {path} can't be used: {key} should hold finite floating-point numbers")
     parts: dict[str, dict[str, Tensor]] = {}  # layer → "down", "up", "alpha"
     strange, homeless = [], []
     for key, tensor in tensors.items():

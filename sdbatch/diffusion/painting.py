@@ -39,6 +39,7 @@ class Painting:
 def checked_pixels(array: np.ndarray, batch: int, size: tuple[int, int], name: str, dims: int) -> Tensor:
     """``array`` as a tensor, if it holds ``batch`` pictures of ``size`` (width, height); else UsageError."""
     wanted = (batch, size[1], size[0], 3)[:dims]
-    if array.shape != wanted:
-        raise UsageError(f"generate: {name} has shape {array.shape}; use {wanted}")
+    kind = np.dtype(np.uint8 if dims == 4 else np.bool_)
+    if array.shape != wanted or array.dtype != kind:
+        raise UsageError(f"generate: {name} is {array.dtype} of shape {array.shape}; use {kind} of shape {wanted}")
     return torch.from_numpy(np.ascontiguousarray(array))

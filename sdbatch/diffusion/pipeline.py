@@ -56,6 +56,7 @@ class LatentDiffusion:
         *,
         tokenizer: str | None = None,
         prediction_type: str | None = None,
+        timestep_spacing: str | None = None,
         adaptations: Sequence[Adaptation] = (),
     ) -> LatentDiffusion:
         """Load ``builtin:NAME``, a folder in the diffusers layout, a single .safetensors file, or ``hf:OWNER/NAME``.
@@ -65,7 +66,8 @@ class LatentDiffusion:
         """
         if dtype not in DTYPES:
             raise ModelError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}")
-        checkpoint, kind = open_checkpoint(str(uri), tokenizer, prediction_type, adaptations), DTYPES[dtype]
+        kind = DTYPES[dtype]
+        checkpoint = open_checkpoint(str(uri), tokenizer, prediction_type, adaptations, timestep_spacing)
         model = cls(
             checkpoint,
             [encoder.load(device, kind) for encoder in checkpoint.text_encoders],
@@ -389,6 +391,9 @@ def _noise(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.devi
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
     def draw() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        fresh = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if device.type == "cuda":  # from pinned memory the copy does not wait for the steps before it
+            return fresh.pin_memory().to(device, non_blocking=True)
+        return fresh.to(device)
 
     return draw

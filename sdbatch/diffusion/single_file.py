@@ -69,7 +69,7 @@ def read_single_file(
         steps_offset=1,
         set_alpha_to_one=False,
     )
-    base = tokenizer()
+    base = tokenizer().within(min(config.max_position_embeddings for config in encoders))
     return Checkpoint(
         path=path,
         layout="single file",
@@ -110,7 +110,8 @@ def _prediction(weights: Weights, preset: Family, wanted: str | None) -> str:
         return "v_prediction"
     told = _MODELSPEC.get(weights.metadata.get(_PREDICTION, "")) or preset.prediction_type
     if told is None and "global_step" in weights.shapes:
-        told = _STEPS.get(int(weights.tensor(Origin("global_step")).flatten()[0]))
+        steps = weights.tensor(Origin("global_step")).flatten()
+        told = _STEPS.get(int(steps[0])) if len(steps) else None
     if told is not None:
         return told
     raise ModelError(

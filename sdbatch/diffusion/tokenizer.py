@@ -17,6 +17,8 @@ from sdbatch.errors import ModelError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
+_PLAUSIBLE_LENGTH = 1_000_000
+
 # Special tokens, English contractions, words, single digits, runs of anything else.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -37,12 +39,21 @@ class CLIPTokenizer:
         self.max_length = max_length
         self.pad_token = pad_token
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
-        self._bpe = clip_bpe(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
+        try:
+            self._bpe = clip_bpe(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"tokenizer: vocabulary and merges don't go together: {error}") from None
         self._words: dict[str, list[int]] = {}  # learnt words and the ids of their vectors
 
     def padded_with(self, pad_token: str) -> CLIPTokenizer:
         """The same tokenizer with another padding."""
         return CLIPTokenizer(self.vocab, self.merges, max_length=self.max_length, pad_token=pad_token)
+
+    def within(self, positions: int) -> CLIPTokenizer:
+        """The same tokenizer for an encoder of so many positions: one saved without a length has an endless one."""
+        if self.max_length <= max(positions, _PLAUSIBLE_LENGTH):
+            return self
+        return CLIPTokenizer(self.vocab, self.merges, max_length=positions, pad_token=self.pad_token)
 
     def add_word(self, word: str, ids: Sequence[int]) -> None:
         """Let ``word``, wherever it stands in a text, mean the rows ``ids`` of the embedding table."""
@@ -109,6 +120,8 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         config = _read_json(file) if file.exists() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model file {path} can't be read as a tokenizer: {error}") from None
+    if not isinstance(config, dict) or not isinstance(vocab, dict):
+        raise ModelError(f"model file {path} can't be read as a tokenizer: it should hold a JSON object")
     pad = config.get("pad_token", EOS)
     return CLIPTokenizer(
         vocab,

@@ -22,10 +22,10 @@ import torch
 
 from sdbatch import __version__
 from sdbatch.diffusion import LatentDiffusion, Reading, to_uint8
-from sdbatch.engine.models import load_model
-from sdbatch.engine.pictures import BadPicture, folder_of, read_mask, read_picture
+from sdbatch.engine.models import find_model, load_model
+from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.engine.shards import ShardCommitter, metadata_row
-from sdbatch.errors import JobFailed
+from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import Job, Shard, read_slice
 from sdbatch.outputs import EncodedPicture, encode
 from sdbatch.prompts import ImageRequest, from_table
@@ -85,7 +85,7 @@ class Generator:
         self.job = job
         reading = self.spec.generate
         self._reading = Reading(reading.long_prompts, reading.emphasis, reading.clip_skip)
-        self._pictures_at = folder_of(self.spec.input.uri)
+        self._pictures_at = self.spec.input.uri
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
@@ -100,7 +100,12 @@ class Generator:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         device = self.spec.resources.device
+        found = self._finishers.submit(find_model, self.spec.model)  # reads every byte: beside the loading
         self.model = self._model_thread.submit(load_model, self.spec.model, device).result()
+        if found.result().sha256 != self.job.model_sha256:
+            raise ModelError(
+                f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
+            )
         self.environment = _environment(device, self.spec.resources.cpus_per_actor)
         self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
         return self.environment
@@ -171,7 +176,8 @@ class Generator:
         size = request.width, request.height
         try:
             picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
-            mask = read_mask(request.mask_image, self._pictures_at, size) if request.mask_image else None
+            cell = self.model.vae.config.downscale
+            mask = read_mask(request.mask_image, self._pictures_at, size, cell) if request.mask_image else None
         except BadPicture as error:
             return Refused(str(error))
         return picture, mask
@@ -179,22 +185,28 @@ class Generator:
     def _compute_kindly(self, slots: Sequence[_Slot | None]) -> list[_Result]:
         try:
             return self._compute(slots)
-        except torch.OutOfMemoryError:
-            lead = next(slot.request for slot in slots if slot is not None)
-            raise JobFailed(
-                f"a batch of {len(slots)} at {lead.width}x{lead.height} does not fit the device's memory; "
-                "lower resources.batch_size"
-            ) from None
-        except torch.AcceleratorError:
-            os._exit(1)  # the device is in an unknown state; a new process gets it back, and is not to blame
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise self._device_failed(error, slots) from None
         except Exception:
             return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
+
+    def _device_failed(self, error: Exception, slots: Sequence[_Slot | None]) -> JobFailed:
+        """The device's fault, not a request's. After any but a lack of memory only a new process gets it back."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            os._exit(1)
+        lead = next(slot.request for slot in slots if slot is not None)
+        return JobFailed(
+            f"a batch of {len(slots)} at {lead.width}x{lead.height} does not fit the device's memory; "
+            "lower resources.batch_size"
+        )
 
     def _compute_alone(self, slots: Sequence[_Slot | None], place: int) -> _Result:
         """One request in its own slot of a padded batch: the same bytes as in company."""
         alone = [slot if i == place else None for i, slot in enumerate(slots)]
         try:
             return self._compute(alone)[place]
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise self._device_failed(error, alone) from None
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
 
@@ -226,6 +238,9 @@ class Generator:
         pictures = self.model.decode(latents)
         finite = pictures.isfinite().flatten(1).all(dim=1).tolist()
         pixels = to_uint8(pictures.nan_to_num())
+        for place, slot in enumerate(slots):
+            if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
+                pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
         truncated = self._truncated(prompts)
         return [
             (pixels[slot], truncated[slot]) if finite[slot] else Refused("the picture is not finite (NaN or infinity)")

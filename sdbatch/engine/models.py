@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdbatch.diffusion import Adaptation, Checkpoint, LatentDiffusion, Lora, TextualInversion, open_checkpoint
 from sdbatch.diffusion.adapters import adapt
+from sdbatch.diffusion.locate import local_path
+from sdbatch.diffusion.textual_inversion import read_embedding
 from sdbatch.errors import ModelError, StorageError
 from sdbatch.spec import Model
 from sdbatch.storage import open_store
@@ -27,7 +31,7 @@ def find_model(model: Model) -> FoundModel:
     """Find the model on this machine, fetching what lies elsewhere. Raises ModelError."""
     uri, tokenizer = bring(model.uri), None if model.tokenizer is None else bring(model.tokenizer)
     added = _adaptations(model)
-    checkpoint = open_checkpoint(uri, tokenizer, model.prediction_type, adaptations=added)
+    checkpoint = open_checkpoint(uri, tokenizer, model.prediction_type, added, model.timestep_spacing)
     networks = {component.name: component.skeleton() for component in checkpoint.components}
     adapt(checkpoint, networks, added)  # to networks without weights: only to see that everything fits
     return FoundModel(checkpoint, added, _sha256(checkpoint, added))
@@ -41,6 +45,7 @@ def load_model(model: Model, device: str) -> LatentDiffusion:
         model.dtype,
         tokenizer=None if model.tokenizer is None else bring(model.tokenizer),
         prediction_type=model.prediction_type,
+        timestep_spacing=model.timestep_spacing,
         adaptations=_adaptations(model),
     )
     loaded.vae_tiling, loaded.vae_slicing = model.vae_tiling, model.vae_slicing
@@ -53,7 +58,7 @@ def located(model: Model, found: FoundModel) -> Model:
     uri = model.uri
     if uri.startswith("hf:") and "@" not in uri and "snapshots" in found.checkpoint.path.parts:
         parts = found.checkpoint.path.parts
-        revision = parts[parts.index("snapshots") + 1]
+        revision = parts[len(parts) - parts[::-1].index("snapshots")]
         owner, name, *file = uri.removeprefix("hf:").split("/", 2)
         uri = "/".join([f"hf:{owner}/{name}@{revision}", *file])
     return model.model_copy(
@@ -68,12 +73,12 @@ def located(model: Model, found: FoundModel) -> Model:
 
 def _whole(uri: str) -> str:
     elsewhere = uri.startswith(("builtin:", "hf:", "s3://"))
-    return uri if elsewhere else str(Path(uri).expanduser().absolute())
+    return uri if elsewhere else str(local_path(uri).absolute())
 
 
 def _adaptations(model: Model) -> tuple[Adaptation, ...]:
-    loras = [Lora(Path(bring(lora.uri)).expanduser(), lora.weight) for lora in model.loras]
-    words = [TextualInversion(Path(bring(word.uri)).expanduser(), word.token) for word in model.embeddings]
+    loras = [Lora(local_path(bring(lora.uri)), lora.weight) for lora in model.loras]
+    words = [TextualInversion(local_path(bring(word.uri)), word.token) for word in model.embeddings]
     return (*loras, *words)
 
 
@@ -84,6 +89,8 @@ def _sha256(checkpoint: Checkpoint, added: tuple[Adaptation, ...]) -> str:
     for adaptation in added:
         with adaptation.path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+        if isinstance(adaptation, TextualInversion):
+            digest.update((adaptation.token or read_embedding(adaptation.path).token).encode())
     return digest.hexdigest()
 
 
@@ -94,29 +101,31 @@ def bring(uri: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdbatch/models"
     single = uri.endswith(".safetensors")
     root, _, name = uri.rpartition("/") if single else (uri, "", "")
-    folder = cache / hashlib.sha256(root.encode()).hexdigest()[:16]
     try:
         store = open_store(root)
         keys = [name] if single else [entry.key for entry in store.list() if _wanted(entry.key)]
         if not keys:
             raise ModelError(f"model '{uri}' does not exist, or holds nothing")
-        for key in keys:
-            version = hashlib.sha256(store.version(key).encode()).hexdigest()[:16]
-            kept, link = folder / "versions" / version / Path(key).name, folder / "model" / key
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-                store.fetch(key, partial)
-                partial.replace(kept)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            fresh = link.with_name(f"{link.name}.{os.getpid()}.link")
-            fresh.symlink_to(kept)
-            fresh.replace(link)
+        versions = [[root, key, store.version(key)] for key in keys]
+        # What lies there now has a folder of its own: files that were there once are in another.
+        folder = cache / hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]
+        with _FETCHING:
+            for key in keys:
+                kept = folder / key
+                if not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+                    store.fetch(key, partial)
+                    partial.replace(kept)
     except StorageError as error:
         raise ModelError(f"model '{uri}': {error}") from None
     except OSError as error:
-        raise ModelError(f"model '{uri}' can't be kept in {folder}: {error}") from None
-    return str(folder / "model" / name if single else folder / "model")
+        raise ModelError(f"model '{uri}' can't be kept in {cache}: {error}") from None
+    return str(folder / name if single else folder)
+
+
+#: An actor loads a model and checks it at once: the second to ask finds what the first has fetched.
+_FETCHING = threading.Lock()
 
 
 def _wanted(key: str) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import posixpath
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdbatch.errors import StorageError
+from sdbatch.errors import ObjectNotFound
 from sdbatch.storage import read_object
 
 #: A picture with more pixels than this is refused before it is unpacked.
-MOST_PIXELS = 100_000_000
+MOST_PIXELS = 64_000_000
+MOST_BYTES = 256_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -27,36 +29,55 @@ def read_picture(where: str, base: str, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
-def read_mask(where: str, base: str, size: tuple[int, int]) -> np.ndarray:
-    """A mask (H, W) bool, resized to ``size``: True, where it is light, is painted anew."""
+def read_mask(where: str, base: str, size: tuple[int, int], cell: int) -> np.ndarray:
+    """A mask (H, W) bool, resized to ``size``: True, where it is light, is painted anew.
+
+    It grows to whole cells of ``cell`` pixels, which are painted as one: nothing under the mask stays.
+    """
     image = _open(where, base, "mask_image").convert("L")
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS)) >= 128
-
-
-def folder_of(uri: str) -> str:
-    """The folder that a table's relative paths begin at: the table's own."""
-    plain = uri.partition("*")[0]
-    is_folder = plain == uri and "." not in uri.rpartition("/")[2]
-    return uri.rstrip("/") if is_folder else plain.rpartition("/")[0]
+    light = np.asarray(image.resize(size, Image.Resampling.LANCZOS)) >= 128
+    cells = light.reshape(size[1] // cell, cell, size[0] // cell, cell).any(axis=(1, 3))
+    return cells.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def _open(where: str, base: str, field: str) -> Image.Image:
     scheme, there, path = (where if "://" in where or where.startswith("/") else f"{base}/{where}").rpartition("://")
     uri = f"{scheme}{there}{posixpath.normpath(path)}"
-    try:
-        data = read_object(uri)
-    except StorageError as error:
-        raise BadPicture(f"{field}: {error}") from None
+    data = _read(uri, field)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > MOST_PIXELS:
                 raise BadPicture(f"{field}: {where} has {image.width}x{image.height} pixels, more than are read")
-            return ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
+            # Sixteen bits a pixel: Pillow would cut them off at 255 instead of scaling them.
+            return _to_8_bits(image) if image.mode.startswith("I") else image
     except BadPicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadPicture(f"{field}: {where} has more pixels than are read") from None
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise BadPicture(f"{field}: {where} is no PNG, JPEG or WebP picture that can be read: {error}") from None
+
+
+def _read(uri: str, field: str) -> bytes:
+    """The file's bytes. A store out of reach ends the job, which can go on later; anything else is the row's fault."""
+    if "://" in uri:
+        try:
+            return read_object(uri)
+        except ObjectNotFound as error:
+            raise BadPicture(f"{field}: {error}") from None
+    path = Path(uri)
+    try:
+        if not path.is_file():
+            raise BadPicture(f"{field}: {uri} {'is no file' if path.exists() else 'does not exist'}")
+        if path.stat().st_size > MOST_BYTES:
+            raise BadPicture(f"{field}: {uri} has {path.stat().st_size:,} bytes, more than are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadPicture(f"{field}: {uri} can't be read: {error.strerror}") from None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))

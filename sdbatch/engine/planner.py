@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import PIL
 import pyarrow as pa
@@ -16,7 +15,7 @@ from sdbatch.diffusion.prompt import chunks_needed
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.engine.models import FoundModel, find_model, located
 from sdbatch.engine.reading import check_columns, read_slices
-from sdbatch.errors import InputError, OutputError, StorageError
+from sdbatch.errors import InputError, OutputError, StorageError, UsageError
 from sdbatch.ledger import Job, Shard, find_job, job_fingerprint, refuse_changes, write_job, write_slice
 from sdbatch.prompts import (
     ImageRequest,
@@ -49,11 +48,15 @@ class Prepared:
 
     @property
     def located(self) -> JobSpec:
-        """The spec with its model and output where any process finds them: actors have folders of their own."""
-        table = self.spec.input.uri if "://" in self.spec.input.uri else str(Path(self.spec.input.uri).absolute())
+        """The spec with its model and output where any process finds them: actors have folders of their own.
+
+        ``input.uri`` becomes the folder that relative paths of rows begin at; the table itself is planned by then.
+        """
+        first = self.table.files[0]
+        base = first.uri.removesuffix(f"/{first.name}")
         return self.spec.model_copy(
             update={
-                "input": self.spec.input.model_copy(update={"uri": table}),
+                "input": self.spec.input.model_copy(update={"uri": base}),
                 "model": located(self.spec.model, self.model),
                 "output": self.spec.output.model_copy(update={"uri": self.store.uri}),
             }
@@ -63,6 +66,9 @@ class Prepared:
 def prepare(spec: JobSpec) -> Prepared:
     """Look up everything that the spec names. Raises ModelError, InputError or OutputError."""
     model = find_model(spec.model)
+    most = min(encoder.config.num_hidden_layers for encoder in model.checkpoint.text_encoders) - 1
+    if spec.generate.clip_skip > most:
+        raise UsageError(f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {most}")
     table = find_table(spec.input)
     check_columns(spec.input, table)
     return Prepared(spec, model, table, open_output(spec))

@@ -22,7 +22,7 @@ from sdbatch.outputs import (
     metadata_key,
 )
 from sdbatch.prompts import ImageRequest
-from sdbatch.spec import JobSpec
+from sdbatch.spec import JobSpec, Model
 from sdbatch.storage import Store
 
 
@@ -46,7 +46,7 @@ def metadata_row(
         "mask_image": request.mask_image,
         "strength": request.strength,
         "truncated": truncated,
-        "model": spec.model.name,
+        "model": Model.model_validate(job.spec["model"]).name,  # as planned, wherever it lies now
         "model_sha256": job.model_sha256,
         "status": "committed" if error is None else "quarantined",
         "error": error,

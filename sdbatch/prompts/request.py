@@ -205,6 +205,8 @@ def _number(cell: Cell, default: float, name: str) -> float:
 def _images(init: Cell, mask: Cell, model: ModelFacts) -> tuple[Cell, Cell]:
     """Where the picture to start from and its mask lie; None for a row that has none."""
     init, mask = init or None, mask or None
+    if "\0" in f"{init}{mask}":
+        raise BadValue("init_image or mask_image holds a NUL character")
     if mask is not None and init is None:
         raise BadValue("mask_image is given without an init_image to repaint")
     if model.repaints and mask is None:

@@ -325,11 +325,14 @@ def test_a_seed_means_one_cpu_generator_an_image(model: LatentDiffusion) -> None
         ({"seeds": [1], "num_inference_steps": 51, "sampler": "lcm"}, "use 1 to 50 with sampler 'lcm'"),
         ({"seeds": [1], "num_inference_steps": 1000, "sampler": "dpmpp_2m"}, "use 1 to 99[89] with"),
         ({"seeds": [1], "mask_images": given_masks(1, 64, 64)}, "must be given together"),
-        ({"seeds": [1], "init_images": given_pictures(1, 64, 32)}, r"init_images has shape \(1, 64, 32, 3\); use"),
-        ({"seeds": [1], "init_images": given_pictures(2, 64, 64)}, r"has shape .* use \(1, 64, 64, 3\)"),
+        (
+            {"seeds": [1], "init_images": given_pictures(1, 64, 32)},
+            r"init_images is uint8 of shape \(1, 64, 32, 3\); use",
+        ),
+        ({"seeds": [1], "init_images": given_pictures(2, 64, 64)}, r"of shape .* use uint8 of shape \(1, 64, 64, 3\)"),
         (
             {"seeds": [1], "init_images": given_pictures(1, 64, 64), "mask_images": given_masks(1, 32, 64)},
-            r"mask_images has shape \(1, 32, 64\); use \(1, 64, 64\)",
+            r"mask_images is bool of shape \(1, 32, 64\); use bool of shape \(1, 64, 64\)",
         ),
         ({"seeds": [1], "init_images": given_pictures(1, 64, 64), "strength": 0.01}, "leaves no step to take"),
         ({"seeds": [1], "reading": Reading(clip_skip=12)}, r"clip_skip is 12, but the text encoder has \d layers"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sdbatch.engine.generator import Generator, Refused
+from sdbatch.engine.models import find_model
 from sdbatch.engine.planner import _shards_of
 from sdbatch.ledger import Job, Shard, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
@@ -36,7 +37,9 @@ class Planned:
         self.requests = requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False))
         runs = cut(self.requests, 8)
         (self.shard,) = _shards_of(runs, first=0, number=0)
-        job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], "f" * 64, {}, 7, 0, 1)
+        job = Job(
+            self.spec.model_dump(mode="json"), self.spec.deciding(), [], find_model(self.spec.model).sha256, {}, 7, 0, 1
+        )
         write_slice(self.store, job.fingerprint, 0, to_table(self.requests, []))
         self.job = write_job(self.store, job, [self.shard])
 

@@ -47,6 +47,8 @@ def test_pictures_are_changed_repainted_and_bad_ones_quarantined(
     Image.fromarray(left).save(tmp_path / "left.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    deep = np.full((60, 80), 1000, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "dark-in-16-bits.png")
     write_table(
         tmp_path,
         [
@@ -60,6 +62,8 @@ def test_pictures_are_changed_repainted_and_bad_ones_quarantined(
             {"prompt": "a red circle", "init": "photo.png", "mask": "", "much": "0.1"},
             {"prompt": "a red circle", "init": "photo.png", "mask": "", "much": "7"},
             {"prompt": "a red circle", "init": "", "mask": "", "much": "0.1"},
+            {"prompt": "a red circle", "init": "/dev/zero", "mask": "", "much": ""},
+            {"prompt": "a red circle", "init": "photo.png", "mask": "dark-in-16-bits.png", "much": ""},
         ],
     )
     columns = {"init_image": "init", "mask_image": "mask", "strength": "much"}
@@ -75,14 +79,16 @@ def test_pictures_are_changed_repainted_and_bad_ones_quarantined(
     assert "strength 0.1 of 5 steps leaves no step to take" in errors["00000007-0"]
     assert "strength is '7'" in errors["00000008-0"]
     made = pictures(tmp_path / "out")
-    assert sorted(made) == ["00000000-0", "00000001-0", "00000009-0"]
+    assert sorted(made) == ["00000000-0", "00000001-0", "00000009-0", "00000011-0"]
+    assert "/dev/zero is no file" in errors["00000010-0"]
 
-    # The right half was to be kept, as far as the decoder lets it: it normalises over the whole picture.
+    # The right half was to be kept, and is the picture's own.
     resized = np.asarray(Image.open(tmp_path / "photo.png").resize((64, 64), Image.Resampling.LANCZOS))
     kept = made["00000001-0"][:, 40:].astype(int) - resized[:, 40:]
     new = made["00000001-0"][:, :24].astype(int) - resized[:, :24]
-    assert abs(kept).mean() < 20
-    assert abs(new).mean() > 2 * abs(kept).mean()
+    assert not kept.any()
+    assert abs(new).mean() > 10
+    assert np.array_equal(made["00000011-0"], resized)  # a dark mask paints nothing
     # The job's picture is the model's own, in the same place of a batch of the same size.
     alone = model.generate(
         ["a red circle", "", "", ""],
@@ -225,6 +231,7 @@ def test_mistakes_about_models_end_before_anything_starts(
         ({"uri": "hf:only-a-name"}, "should be hf:OWNER/NAME"),
         ({"loras": [{"uri": str(tmp_path / "l.safetensors")}]}, "l.safetensors"),
         ({"embeddings": [{"uri": str(tmp_path / "e.pt")}]}, "pickle"),
+        ({"uri": "~nobody-of-this-name/model"}, "nobody-of-this-name"),
         ({"prediction_type": "x"}, "model.prediction_type"),
         ({"loras": [{"url": "x"}]}, "model.loras.0.url: no such field"),
     ):
