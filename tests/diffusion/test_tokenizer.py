@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 
 from sdbatch.diffusion import open_checkpoint
+from sdbatch.diffusion.locate import _tokenizer_for
 from sdbatch.diffusion.tokenizer import CLIPTokenizer, clip_tokenizer, read_tokenizer, write_tokenizer
 from sdbatch.errors import ModelError
 
@@ -90,3 +92,26 @@ def test_a_learnt_word_stands_for_its_vectors() -> None:
     ]
     with pytest.raises(ModelError, match="is a word already"):
         learnt.add_word("red", [1])
+
+
+def test_an_installed_open_clip_lends_its_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For single files, which bring none: found without importing the package, refused in words without it."""
+    learnt = read_tokenizer(open_checkpoint("builtin:shapes").path / "tokenizer")
+    with pytest.raises(ModelError, match=r"set model\.tokenizer to a folder .* or install the package open_clip_torch"):
+        _tokenizer_for(tmp_path / "x.safetensors", None)
+    package = tmp_path / "open_clip"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in learnt.merges)]
+    with gzip.open(package / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    lent = _tokenizer_for(tmp_path / "x.safetensors", None)
+    assert lent.merges == learnt.merges
+    assert len(lent.vocab) == 2 * 256 + len(learnt.merges) + 2
+    (one,), (other,) = lent.encode(["a red circle"]), learnt.encode(["a red circle"])
+    assert [list(lent.vocab)[i] for i in one] == [_word(learnt, i) for i in other]
+
+
+def _word(tokenizer: CLIPTokenizer, number: int) -> str:
+    return next(word for word, i in tokenizer.vocab.items() if i == number)

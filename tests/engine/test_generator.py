@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdbatch.engine.generator import Generator, Refused
 from sdbatch.engine.models import find_model
 from sdbatch.engine.planner import _shards_of
+from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Shard, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
@@ -77,6 +80,29 @@ def test_every_setting_of_generation_reaches_the_model(name: str, value: Any, tm
     for planned in (one, other):
         planned.generator().run_shard(planned.shard)
     assert not set(one.sums()) & set(other.sums())
+
+
+def test_an_actor_that_finds_another_model_than_was_planned_with_refuses(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    planned.job = dataclasses.replace(planned.job, model_sha256="f" * 64)
+    with pytest.raises(ModelError, match=r"is another one on .* than the job was planned with"):
+        planned.generator()
+
+
+def test_a_broken_device_is_no_requests_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Planned(tmp_path).generator()
+    failures = iter([RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), torch.AcceleratorError("illegal address")])
+
+    def fail(slots: Sequence[Any]) -> Any:
+        raise next(failures)
+
+    def leave(code: int) -> None:
+        raise Killed
+
+    monkeypatch.setattr(generator, "_compute", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Killed):
+        generator._make(Planned(tmp_path / "b").requests[:3])
 
 
 class Killed(BaseException):

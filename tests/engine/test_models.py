@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
-from sdbatch.engine.models import bring
+from sdbatch.engine.models import bring, find_model
+from sdbatch.spec import LearntWord, Model
 from sdbatch.storage import open_store
 from tests.conftest import CommandLine
 from tests.diffusion import tiny_models
@@ -237,6 +238,18 @@ def test_mistakes_about_models_end_before_anything_starts(
     ):
         assert told in sdbatch("run", write_job(model=model), code=2).stderr
         assert not (tmp_path / "out/_sdbatch/job.yaml").exists()
+
+
+def test_the_checksum_covers_what_a_word_is_called(tmp_path: Path) -> None:
+    vectors = {"emb_params": torch.randn(2, 128)}
+    for name in ("mauve", "taupe"):
+        safetensors.torch.save_file(vectors, tmp_path / f"{name}.safetensors")
+
+    def checksum(name: str, token: str | None = None) -> str:
+        return find_model(Model(embeddings=[LearntWord(uri=str(tmp_path / f"{name}.safetensors"), token=token)])).sha256
+
+    assert checksum("mauve") != checksum("taupe")
+    assert checksum("mauve", "shade") == checksum("taupe", "shade")
 
 
 def test_inspect_tells_what_a_model_is_and_what_it_lacks(sdbatch: CommandLine, folder: Path, tmp_path: Path) -> None:
