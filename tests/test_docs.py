@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sdbatch.diffusion import SAMPLERS
 from sdbatch.spec import JobSpec
 from tests.test_cli import COMMANDS
 
@@ -51,7 +52,7 @@ def test_the_walk_through_the_formulas_names_code_that_is_there() -> None:
 
 SETTINGS = {field for section in JobSpec.model_json_schema()["$defs"].values() for field in section["properties"]} | {
     "rescale_betas_zero_snr",
-    "euler",
+    *SAMPLERS,
 }
 
 

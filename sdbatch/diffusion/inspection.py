@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
@@ -77,20 +78,13 @@ def _peak(checkpoint: Checkpoint) -> int:
 
 def _network(component: Component) -> NetworkFacts:
     keys = {origin.key for origin in component.origins.values()} & component.weights.shapes.keys()
-    counts = {key: _product(component.weights.shapes[key]) for key in keys}
+    counts = {key: math.prod(component.weights.shapes[key]) for key in keys}
     formats = {key: component.weights.dtypes[key] for key in keys}
     size = sum(counts[key] * _BYTES.get(formats[key], 4) for key in keys)
     return NetworkFacts(component.name, sum(counts.values()), sorted(set(formats.values())), size)
 
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _tokenizers(checkpoint: Checkpoint) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -125,8 +126,11 @@ def heun(denoiser: Denoiser, z: Tensor, steps: Sequence[Step], noise: Noise) -> 
     return z
 
 
-def dpmpp_2m(denoiser: Denoiser, z: Tensor, steps: Sequence[Step], noise: Noise) -> Tensor:
-    """DPM-Solver++(2M), midpoint form (Lu et al. 2022b, algorithm 2); the last step is of first order."""
+def dpmpp_2m(denoiser: Denoiser, z: Tensor, steps: Sequence[Step], noise: Noise, *, stochastic: bool = False) -> Tensor:
+    """DPM-Solver++(2M), midpoint form, on the ODE or, ``stochastic``, the SDE (Lu et al. 2022b, appendix B).
+
+    The last step is of first order.
+    """
     previous: Tensor | None = None
     h_previous = 0.0
     for i, step in enumerate(steps):
@@ -135,24 +139,12 @@ def dpmpp_2m(denoiser: Denoiser, z: Tensor, steps: Sequence[Step], noise: Noise)
         d = z0
         if previous is not None and i < len(steps) - 1:
             d = z0 + (h / (2 * h_previous)) * (z0 - previous)
-        z = (step.sigma_next / step.sigma) * z - (step.alpha_next * math.expm1(-h)) * d
-        previous, h_previous = z0, h
-    return z
-
-
-def dpmpp_2m_sde(denoiser: Denoiser, z: Tensor, steps: Sequence[Step], noise: Noise) -> Tensor:
-    """SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b, appendix B); the last step is of first order."""
-    previous: Tensor | None = None
-    h_previous = 0.0
-    for i, step in enumerate(steps):
-        z0, _ = denoiser(z, step)
-        h = _log_snr_gain(step)
-        d = z0
-        if previous is not None and i < len(steps) - 1:
-            d = z0 + (h / (2 * h_previous)) * (z0 - previous)
-        kept = step.sigma_next / step.sigma * math.exp(-h)
-        fresh = step.sigma_next * math.sqrt(-math.expm1(-2 * h))
-        z = kept * z - (step.alpha_next * math.expm1(-2 * h)) * d + fresh * noise()
+        shrunk = step.sigma_next / step.sigma
+        if stochastic:
+            fresh = step.sigma_next * math.sqrt(-math.expm1(-2 * h))
+            z = (shrunk * math.exp(-h)) * z - (step.alpha_next * math.expm1(-2 * h)) * d + fresh * noise()
+        else:
+            z = shrunk * z - (step.alpha_next * math.expm1(-h)) * d
         previous, h_previous = z0, h
     return z
 
@@ -267,7 +259,7 @@ _BY_LEVEL = {
     "heun": Method(heun, euler_grid, scaled_start=True),
     "dpmpp_sde": Method(dpmpp_sde, euler_grid, scaled_start=True),
     "dpmpp_2m": Method(dpmpp_2m, dpmpp_grid),
-    "dpmpp_2m_sde": Method(dpmpp_2m_sde, dpmpp_grid),
+    "dpmpp_2m_sde": Method(partial(dpmpp_2m, stochastic=True), dpmpp_grid),
     "unipc": Method(unipc, dpmpp_grid),
 }
 #: Every sampler by name; those that go by noise levels can have them spread as ``NAME_karras`` or ``NAME_exponential``.

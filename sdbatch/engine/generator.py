@@ -22,7 +22,7 @@ import torch
 
 from sdbatch import __version__
 from sdbatch.diffusion import LatentDiffusion, Reading, to_uint8
-from sdbatch.engine.models import find_model, load_model
+from sdbatch.engine.models import load_model
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.engine.shards import ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed, ModelError
@@ -100,9 +100,8 @@ class Generator:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         device = self.spec.resources.device
-        found = self._finishers.submit(find_model, self.spec.model)  # reads every byte: beside the loading
-        self.model = self._model_thread.submit(load_model, self.spec.model, device).result()
-        if found.result().sha256 != self.job.model_sha256:
+        self.model, sha256 = self._model_thread.submit(load_model, self.spec.model, device).result()
+        if sha256 != self.job.model_sha256:
             raise ModelError(
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
             )
@@ -256,15 +255,15 @@ class Generator:
         rows, pictures = [], []
         for position, (request, result) in enumerate(zip(batch, results, strict=True), first):
             if isinstance(result, Refused):
-                rows.append(metadata_row(self.spec, self.job, shard.number, request, error=result.error))
+                rows.append(metadata_row(self.job, shard.number, request, error=result.error))
                 continue
             pixels, truncated = result
-            row = metadata_row(self.spec, self.job, shard.number, request, truncated=truncated)
+            row = metadata_row(self.job, shard.number, request, truncated=truncated)
             try:
                 pictures.append(EncodedPicture(position, row, encode(pixels, self.spec.output.image, row)))
             except (OSError, ValueError) as error:  # too large for its format, say
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
-                row = metadata_row(self.spec, self.job, shard.number, request, error=told)
+                row = metadata_row(self.job, shard.number, request, error=told)
             rows.append(row)
         kept = self._committer.writer.keep(shard.number, pictures, last=last)
         by_position = {picture.position: picture for picture in kept}
@@ -277,7 +276,7 @@ class Generator:
         ended = []
         truncated = self._truncated([request.prompt for request in batch])
         for position, (request, cut) in enumerate(zip(batch, truncated, strict=True), first):
-            row = metadata_row(self.spec, self.job, shard.number, request, truncated=cut)
+            row = metadata_row(self.job, shard.number, request, truncated=cut)
             ended.append(_Ended(row, EncodedPicture(position, row, kept[position])))
         return ended
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ class FoundModel:
     """A checkpoint with all that is added to it, and one checksum over everything that decides what it computes."""
 
     checkpoint: Checkpoint
-    adaptations: tuple[Adaptation, ...]
     sha256: str
 
 
@@ -34,11 +32,12 @@ def find_model(model: Model) -> FoundModel:
     checkpoint = open_checkpoint(uri, tokenizer, model.prediction_type, added, model.timestep_spacing)
     networks = {component.name: component.skeleton() for component in checkpoint.components}
     adapt(checkpoint, networks, added)  # to networks without weights: only to see that everything fits
-    return FoundModel(checkpoint, added, _sha256(checkpoint, added))
+    return FoundModel(checkpoint, _sha256(checkpoint, added))
 
 
-def load_model(model: Model, device: str) -> LatentDiffusion:
-    """The model on ``device``, as the job wants it."""
+def load_model(model: Model, device: str) -> tuple[LatentDiffusion, str]:
+    """The model on ``device``, as the job wants it, and the checksum of what was loaded."""
+    added = _adaptations(model)
     loaded = LatentDiffusion.from_pretrained(
         bring(model.uri),
         device,
@@ -46,11 +45,11 @@ def load_model(model: Model, device: str) -> LatentDiffusion:
         tokenizer=None if model.tokenizer is None else bring(model.tokenizer),
         prediction_type=model.prediction_type,
         timestep_spacing=model.timestep_spacing,
-        adaptations=_adaptations(model),
+        adaptations=added,
     )
     loaded.vae_tiling, loaded.vae_slicing = model.vae_tiling, model.vae_slicing
     loaded.offload_text_encoders = model.offload_text_encoders
-    return loaded
+    return loaded, _sha256(loaded.checkpoint, added)
 
 
 def located(model: Model, found: FoundModel) -> Model:
@@ -109,23 +108,18 @@ def bring(uri: str) -> str:
         versions = [[root, key, store.version(key)] for key in keys]
         # What lies there now has a folder of its own: files that were there once are in another.
         folder = cache / hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]
-        with _FETCHING:
-            for key in keys:
-                kept = folder / key
-                if not kept.exists():
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-                    store.fetch(key, partial)
-                    partial.replace(kept)
+        for key in keys:
+            kept = folder / key
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+                store.fetch(key, partial)
+                partial.replace(kept)
     except StorageError as error:
         raise ModelError(f"model '{uri}': {error}") from None
     except OSError as error:
         raise ModelError(f"model '{uri}' can't be kept in {cache}: {error}") from None
     return str(folder / name if single else folder)
-
-
-#: An actor loads a model and checks it at once: the second to ask finds what the first has fetched.
-_FETCHING = threading.Lock()
 
 
 def _wanted(key: str) -> bool:

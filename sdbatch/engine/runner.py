@@ -126,6 +126,6 @@ def _commit_faulty(prepared: Prepared, job: Job, shards: list[Shard]) -> Iterato
     for shard in shards:
         table = read_slice(prepared.store, job, shard.slice).slice(shard.offset, shard.count)
         requests = from_table(table)
-        rows = [metadata_row(prepared.located, job, shard.number, request, error=request.fault) for request in requests]
+        rows = [metadata_row(job, shard.number, request, error=request.fault) for request in requests]
         record = committer.finish_started(shard) or committer.commit(shard, rows, [], {}, writer="driver")
         yield Receipt(shard.number, record.committed, record.quarantined, 0, 0)

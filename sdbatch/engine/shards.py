@@ -22,12 +22,12 @@ from sdbatch.outputs import (
     metadata_key,
 )
 from sdbatch.prompts import ImageRequest
-from sdbatch.spec import JobSpec, Model
+from sdbatch.spec import JobSpec
 from sdbatch.storage import Store
 
 
 def metadata_row(
-    spec: JobSpec, job: Job, shard: int, request: ImageRequest, *, truncated: bool = False, error: str | None = None
+    job: Job, shard: int, request: ImageRequest, *, truncated: bool = False, error: str | None = None
 ) -> dict[str, Any]:
     """An image's row of the metadata table; what only storing it can tell is still open."""
     return {
@@ -46,7 +46,7 @@ def metadata_row(
         "mask_image": request.mask_image,
         "strength": request.strength,
         "truncated": truncated,
-        "model": Model.model_validate(job.spec["model"]).name,  # as planned, wherever it lies now
+        "model": job.model_name,
         "model_sha256": job.model_sha256,
         "status": "committed" if error is None else "quarantined",
         "error": error,

@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from sdbatch.errors import ObjectNotFound, OutputError, PlanChanged
+from sdbatch.spec import Model
 from sdbatch.storage import Store
 
 JOB_KEY = "_sdbatch/job.yaml"
@@ -76,6 +78,11 @@ class Job:
     planned: int
     faulty: int
     shards: int
+
+    @cached_property
+    def model_name(self) -> str:
+        """What results call the model: as it was planned, wherever it lies now."""
+        return Model.model_validate(self.spec["model"]).name
 
     @property
     def fingerprint(self) -> str:

@@ -62,7 +62,7 @@ class Planned:
         return rows, pictures
 
     def _row(self, number: int, request: ImageRequest) -> dict[str, Any]:
-        return metadata_row(self.spec, self.job, number, request, error=request.fault)
+        return metadata_row(self.job, number, request, error=request.fault)
 
     def commit(self, number: int, colour: int = 0) -> None:
         rows, pictures = self.pictures(number, colour)
