@@ -8,7 +8,20 @@ import pytest
 
 from sdbatch import __version__, cli
 
-COMMANDS = ("validate", "plan", "run", "status", "verify", "errors", "gallery", "inspect", "train", "schema")
+COMMANDS = (
+    "validate",
+    "plan",
+    "run",
+    "status",
+    "verify",
+    "errors",
+    "gallery",
+    "inspect",
+    "evaluate",
+    "train",
+    "finetune",
+    "schema",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

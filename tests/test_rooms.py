@@ -24,7 +24,20 @@ MAY_IMPORT = {
     "engine": {"errors", "spec", "diffusion", "storage", "prompts", "outputs", "ledger"},
     "report": {"errors", "ledger", "storage"},
     "training": {"errors", "diffusion"},
-    "cli": {"errors", "spec", "diffusion", "storage", "prompts", "outputs", "ledger", "engine", "report", "training"},
+    "evaluation": {"errors", "spec", "diffusion", "storage", "prompts", "outputs", "ledger", "engine", "training"},
+    "cli": {
+        "errors",
+        "spec",
+        "diffusion",
+        "storage",
+        "prompts",
+        "outputs",
+        "ledger",
+        "engine",
+        "report",
+        "training",
+        "evaluation",
+    },
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
 

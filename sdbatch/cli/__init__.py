@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import jobs, models, results, training
+from sdbatch.cli import evaluation, jobs, models, results, training
 from sdbatch.cli.console import people, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -33,7 +33,9 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.errors,
     results.gallery,
     models.inspect,
+    evaluation.evaluate,
     training.train,
+    training.finetune,
     jobs.schema,
 )
 for command in _COMMANDS:

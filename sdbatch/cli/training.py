@@ -1,46 +1,149 @@
-"""The train command."""
+"""The train and finetune commands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from sdbatch.cli.console import bar, facts, tell
 from sdbatch.errors import OutputError
-from sdbatch.training import Recipe
+from sdbatch.spec import Resources
+from sdbatch.training import FineTuning, Recipe
 
-_RECIPE = Recipe()
+_RECIPE, _TUNING = Recipe(), FineTuning()
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Folder = Annotated[Path, typer.Argument(help="Where the training keeps its state and leaves its result.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; more than one are placed by Ray Train.")]
+On = Annotated[Device, typer.Option(help="What each worker trains on.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")]
 
 
 def train(
-    folder: Annotated[
-        Path, typer.Argument(help="Where the training keeps its state; the model comes into FOLDER/model.")
-    ],
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = _RECIPE.seed,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = _RECIPE.workers,
+    folder: Folder,
+    seed: Seed = _RECIPE.seed,
+    workers: Workers = _RECIPE.workers,
+    device: On = Device.cpu,
     pictures: Annotated[int, typer.Option(min=128, help="Pictures in the training set.")] = _RECIPE.pictures,
     vae_steps: Annotated[int, typer.Option(min=1, help="Steps of the VAE.")] = _RECIPE.vae_steps,
+    clip_steps: Annotated[int, typer.Option(min=1, help="Steps of the CLIP.")] = _RECIPE.clip_steps,
     steps: Annotated[int, typer.Option(min=1, help="Steps of text encoder and U-Net.")] = _RECIPE.steps,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a worker and step.")] = _RECIPE.batch,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a worker and batch.")] = _RECIPE.batch,
+    accumulate: Accumulate = _RECIPE.accumulate,
 ) -> None:
-    """Train a text-to-image model from nothing on drawn shapes; the same command resumes."""
+    """Train a text-to-image model from nothing on drawn shapes; the same command resumes.
+
+    FOLDER/model and FOLDER/scorer are the result, FOLDER/samples and FOLDER/tensorboard show how it went.
+    """
     from sdbatch.training import trainer  # torch takes seconds to import
 
-    recipe = Recipe(seed=seed, workers=workers, pictures=pictures, vae_steps=vae_steps, steps=steps, batch=batch)
+    recipe = Recipe(
+        seed=seed,
+        workers=workers,
+        device=device.value,
+        pictures=pictures,
+        vae_steps=vae_steps,
+        clip_steps=clip_steps,
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+    )
+    with _crew(folder, workers, device), _progress("training") as progress:
+        trainer.run(recipe, folder, progress)
+    tell(f"[green]✓[/] trained: {escape(str(folder / 'model'))}")
+    facts(
+        {
+            "samples": escape(str(folder / "samples")),
+            "curves": f"tensorboard --logdir {escape(str(folder / 'tensorboard'))}",
+            "score": f"sdbatch evaluate {escape(str(folder / 'model'))} {escape(str(folder / 'evaluation'))}",
+            "use it": f"model: {{uri: {escape(str(folder / 'model'))}}}",
+        }
+    )
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Any model that jobs can name, in its model.uri.")],
+    pictures: Annotated[Path, typer.Argument(help="A folder of captioned pictures, or WebDataset .tar files.")],
+    folder: Folder,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights of the U-Net instead of a LoRA.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = _TUNING.rank,
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="Train the text encoders, too.")
+    ] = _TUNING.text_encoder,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = _TUNING.steps,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a worker and batch.")] = _TUNING.batch,
+    accumulate: Accumulate = _TUNING.accumulate,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest; 1e-4 for a LoRA, 1e-5 for all weights when left out.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Pixels, each way; the model's own when left out.")
+    ] = None,
+    sample_prompt: Annotated[
+        list[str], typer.Option(help="Drawn now and then; the first captions when left out.")
+    ] = [],  # noqa: B006
+    seed: Seed = _TUNING.seed,
+    workers: Workers = _TUNING.workers,
+    device: On = Device.cpu,
+) -> None:
+    """Fine-tune a model on captioned pictures, as a LoRA or whole; the same command resumes.
+
+    FOLDER/lora (or FOLDER/model) is the result, FOLDER/samples and FOLDER/tensorboard show how it went.
+    """
+    from sdbatch.training import finetuning
+
+    recipe = FineTuning(
+        rank=rank,
+        full=full,
+        text_encoder=text_encoder,
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        resolution=resolution,
+        sample_prompts=tuple(sample_prompt),
+        seed=seed,
+        workers=workers,
+        device=device.value,
+    )
+    with _crew(folder, workers, device), _progress("fine-tuning") as progress:
+        result = finetuning.run(recipe, model, pictures, folder, progress)
+    tell(f"[green]✓[/] fine-tuned: {escape(str(result))}")
+    use = f"model: {{uri: {model}, loras: [{{uri: {result}}}]}}" if not full else f"model: {{uri: {result}}}"
+    facts({"samples": escape(str(folder / "samples")), "use it": escape(use)})
+
+
+@contextmanager
+def _crew(folder: Path, workers: int, device: Device) -> Iterator[None]:
+    """A folder to train in, and Ray where several workers need it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: {error.strerror}") from None
-    said = ""
-    with bar("training") as update:
+    if workers == 1:
+        yield
+        return
+    from sdbatch.engine.cluster import check_capacity, ray_session
 
-        def progress(stage: str, done: int, total: int, text: str) -> None:
-            nonlocal said
-            said = text
-            update(done, total, text, label=f"training: {stage}")
+    resources = Resources(actors=workers, gpus_per_actor=1 if device is Device.cuda else 0)
+    with ray_session(resources):
+        check_capacity(resources)
+        yield
 
-        trainer.run(recipe, folder, folder / "model", progress)
-    tell(f"[green]✓[/] trained: {folder / 'model'}")
-    facts({"probe": said, "use it": f"model: {{uri: {folder / 'model'}}}"})
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[str, int, int, str], None]]:
+    with bar(label) as update:
+        yield lambda stage, done, total, text: update(done, total, text, label=f"{label}: {stage}")

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sdbatch.diffusion.folder import read_json
+from sdbatch.diffusion.folder import read_json, text_json, write_json
 from sdbatch.diffusion.text_encoder import Encoder, TextEncoder, TextEncoderConfig
-from sdbatch.diffusion.tokenizer import CLIPTokenizer, read_tokenizer
-from sdbatch.diffusion.weights import DTYPES, Origin, Weights, assign, check, skeletons
+from sdbatch.diffusion.tokenizer import CLIPTokenizer, read_tokenizer, write_tokenizer
+from sdbatch.diffusion.weights import DTYPES, Origin, Weights, assign, check, skeletons, write
 from sdbatch.errors import ModelError, UsageError
 
 
@@ -109,6 +109,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
+        self.text_config = text
         self.text_model = TextEncoder(text).text_model
         self.vision_model = ImageEncoder(image)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
@@ -139,18 +140,48 @@ class CLIP(nn.Module):
         assign(clip, stored, origins, device, DTYPES[dtype])
         return clip
 
-    @torch.inference_mode()
-    def embed_images(self, images: np.ndarray) -> Tensor:
-        """Pictures (B, H, W, 3) uint8 → unit vectors (B, D) float32."""
-        weight = self.visual_projection.weight
-        pixels = torch.from_numpy(preprocess(images, self.preprocessing)).to(weight.device, weight.dtype)
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write the folder that ``from_pretrained``, and transformers' ``CLIPModel``, open."""
+        folder = Path(folder)
+        write(folder / "model.safetensors", self.state_dict(), DTYPES[dtype])
+        write_tokenizer(folder, self.tokenizer)
+        text = text_json(self.text_config, self.tokenizer)
+        vision = dataclasses.asdict(self.vision_model.config) | {"model_type": "clip_vision_model"}
+        width = self.text_projection.out_features
+        write_json(
+            folder / "config.json",
+            {
+                "architectures": ["CLIPModel"],
+                "model_type": "clip",
+                "dtype": "float32",
+                "projection_dim": width,
+                "text_config": text | {"projection_dim": width},
+                "vision_config": vision | {"projection_dim": width},
+            },
+        )
+        own = self.preprocessing
+        steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
+        write_json(
+            folder / "preprocessor_config.json",
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                **steps,
+                "size": {"shortest_edge": own.shortest_edge},
+                "crop_size": {"height": own.crop_size, "width": own.crop_size},
+                "resample": Image.Resampling.BICUBIC.value,
+                "rescale_factor": 1 / 255,
+                "image_mean": list(own.mean),
+                "image_std": list(own.std),
+            },
+        )
+
+    def image_vectors(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) → unit vectors (B, D) float32; gradients flow."""
         _, pooled = self.vision_model(pixels)
         return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
-    @torch.inference_mode()
-    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts → unit vectors (B, D) float32. Text beyond the tokenizer's length is cut."""
-        ids = torch.tensor(self.tokenizer(prompts), device=self.text_projection.weight.device)  # (B, L)
+    def text_vectors(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) → unit vectors (B, D) float32; gradients flow."""
         # Attention is causal: only from the end of the text on has a state seen all of it. Padding may be the
         # same token; argmax finds the first.
         end = (ids == self.tokenizer.eos_id).int().argmax(dim=-1)
@@ -158,6 +189,19 @@ class CLIP(nn.Module):
             torch.arange(len(ids), device=ids.device), end
         ]
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed_images(self, images: np.ndarray) -> Tensor:
+        """Pictures (B, H, W, 3) uint8 → unit vectors (B, D) float32."""
+        weight = self.visual_projection.weight
+        return self.image_vectors(
+            torch.from_numpy(preprocess(images, self.preprocessing)).to(weight.device, weight.dtype)
+        )
+
+    @torch.inference_mode()
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts → unit vectors (B, D) float32. Text beyond the tokenizer's length is cut."""
+        return self.text_vectors(torch.tensor(self.tokenizer(prompts), device=self.text_projection.weight.device))
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """Cosine similarity (B,) of each picture (B, H, W, 3) uint8 with its own prompt, float32 in [-1, 1]."""

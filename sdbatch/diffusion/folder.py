@@ -301,16 +301,16 @@ def read_schedule(path: Path) -> NoiseSchedule:
 
 def write_configs(folder: Path, checkpoint: Checkpoint) -> None:
     """Everything but the weights."""
-    _write_json(folder / "unet/config.json", unet_json(checkpoint.unet.config))
-    _write_json(folder / "vae/config.json", vae_json(checkpoint.vae.config))
+    write_json(folder / "unet/config.json", unet_json(checkpoint.unet.config))
+    write_json(folder / "vae/config.json", vae_json(checkpoint.vae.config))
     for encoder, tokenizer in zip(checkpoint.text_encoders, checkpoint.tokenizers, strict=True):
-        _write_json(folder / encoder.name / "config.json", text_json(encoder.config, tokenizer))
+        write_json(folder / encoder.name / "config.json", text_json(encoder.config, tokenizer))
         write_tokenizer(folder / ENCODERS[encoder.name], tokenizer)
-    _write_json(folder / "scheduler/scheduler_config.json", scheduler_json(checkpoint.schedule))
-    _write_json(folder / "model_index.json", _model_index(checkpoint))
+    write_json(folder / "scheduler/scheduler_config.json", scheduler_json(checkpoint.schedule))
+    write_json(folder / "model_index.json", _model_index(checkpoint))
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -163,6 +163,18 @@ class LatentDiffusion:
         ``negative`` prompts say what pictures should not show. Raises UsageError where a prompt that is to be read
         whole (``long_prompts="chunk"``) takes more chunks than that.
         """
+        return self.condition(prompts, size=size, reading=reading, chunks=chunks, negative=negative)
+
+    def condition(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        reading: Reading = Reading(),
+        chunks: int = 1,
+        negative: bool = False,
+    ) -> Conditioning:
+        """The same as ``encode``, where gradients are to flow."""
         states, pooled = [], None
         for tokenizer, encoder in zip(self.checkpoint.tokenizers, self.text_encoders, strict=True):
             if self._offloads:

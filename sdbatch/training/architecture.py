@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from sdbatch.diffusion.clip import ImageEncoderConfig, Preprocessing
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.text_encoder import TextEncoderConfig
-from sdbatch.diffusion.unet import UNetConfig
+from sdbatch.diffusion.unet import UNet, UNetConfig
 from sdbatch.diffusion.vae import VAEConfig
 
-MAX_TOKENS = 48
+MAX_TOKENS = 32  # the longest caption has 24
 
 SCHEDULE = NoiseSchedule(
     prediction_type="v_prediction",
@@ -24,7 +27,7 @@ VAE_CONFIG = VAEConfig(
     mid_block_add_attention=False,
 )
 UNET_CONFIG = UNetConfig(
-    block_out_channels=(48, 96, 128),
+    block_out_channels=(64, 96, 128),
     attention=(False, True, True),
     num_attention_heads=(2, 3, 4),
     layers_per_block=1,
@@ -32,6 +35,16 @@ UNET_CONFIG = UNetConfig(
     norm_num_groups=16,
     sample_size=16,
 )
+IMAGE_CONFIG = ImageEncoderConfig(
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
+)
+PROJECTION_DIM = 64
+PREPROCESSING = Preprocessing(64, 64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def text_config(vocab_size: int) -> TextEncoderConfig:
@@ -43,3 +56,10 @@ def text_config(vocab_size: int) -> TextEncoderConfig:
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
     )
+
+
+def start_gently(unet: UNet) -> None:
+    """Start as the identity: what is added to a residual stream begins at zero."""
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("conv2.weight", "conv2.bias", "conv_out.weight", "conv_out.bias")) or ".proj_out." in name:
+            nn.init.zeros_(parameter)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdbatch.diffusion.vae import VAE
-from sdbatch.training.architecture import VAE_CONFIG
-from sdbatch.training.loop import Plan, Report, parallel, train
+from sdbatch.training.loop import Report, autocast, parallel, train
 from sdbatch.training.recipe import Recipe
-from sdbatch.training.world import draw, random_scene
+from sdbatch.training.world import PIXELS, draw, random_scene
 
 KL_WEIGHT = 3e-3
 
@@ -35,7 +34,7 @@ class Reconstruction(nn.Module):
 
 
 def picture_batch(rng: np.random.Generator, count: int) -> Tensor:
-    """Fresh pictures of the world (count, 3, 64, 64) in [-1, 1]."""
+    """Fresh pictures of the world (count, 3, PIXELS, PIXELS) in [-1, 1]."""
     return as_tensor(np.stack([draw(random_scene(rng))[0] for _ in range(count)]))
 
 
@@ -44,38 +43,27 @@ def as_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_vae(recipe: Recipe, folder: Path, report: Report) -> VAE:
-    """Train the VAE on pictures that are drawn as they are needed, each seen once."""
-    torch.manual_seed(recipe.seed)
-    vae = VAE(VAE_CONFIG)
+def train_vae(vae: VAE, recipe: Recipe, folder: Path, report: Report) -> None:
+    """Train the VAE in place on pictures that are drawn as they are needed, each seen once."""
     objective = parallel(Reconstruction(vae))
-    size = 64 // VAE_CONFIG.downscale
+    size = PIXELS // vae.config.downscale
 
     def loss(rng: np.random.Generator) -> Tensor:
-        images = picture_batch(rng, recipe.vae_batch)
-        noise = rng.standard_normal((recipe.vae_batch, VAE_CONFIG.latent_channels, size, size), dtype=np.float32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision):
-            value: Tensor = objective(images, torch.from_numpy(noise))
+        images = picture_batch(rng, recipe.vae_batch).to(recipe.device)
+        noise = rng.standard_normal((recipe.vae_batch, vae.config.latent_channels, size, size), dtype=np.float32)
+        with autocast(recipe.device, recipe.mixed_precision):
+            value: Tensor = objective(images, torch.from_numpy(noise).to(recipe.device))
         return value
 
-    plan = Plan(
-        stage="vae",
-        steps=recipe.vae_steps,
-        learning_rate=recipe.vae_learning_rate,
-        warmup=50,
-        seed=recipe.seed,
-        checkpoint_every=recipe.checkpoint_every,
-        ema_decay=0.99,
-    )
-    vae.load_state_dict(train(vae, loss, plan, folder, report))
-    return vae.eval().requires_grad_(False)
+    train(objective, loss, recipe.vae_plan, folder, report)
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, latents: Tensor) -> None:
+def normalise_latents(vae: VAE, latents: Tensor) -> Tensor:
     """Fold each channel's mean and spread into the 1×1 convolutions, so that latents come out standardised.
 
-    ``latents`` (N, C, h, w) are means of the VAE as it stands. No file format needs to know of it then.
+    ``latents`` (N, C, h, w) are means of the VAE as it stands; returns them as it makes them from now on. No file
+    format and no pipeline needs to know of it then.
     """
     mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)
@@ -85,3 +73,4 @@ def normalise_latents(vae: VAE, latents: Tensor) -> None:
     inner.bias[channels:] -= 2 * spread.log()  # type: ignore[index]  # the log-variances of the scaled latents
     outer.bias += outer.weight[:, :, 0, 0] @ mean  # type: ignore[operator]
     outer.weight *= spread[None, :, None, None]
+    return (latents - mean[None, :, None, None]) / spread[None, :, None, None]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from sdbatch.training.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, Thing
+from sdbatch.training.world import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Thing
 
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "disc", "dot"),
@@ -50,19 +51,24 @@ RELATION_WORDS = {
 OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "an image of ", "there is ")
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Say what the scene shows. Colour and shape are always named, the rest nearly always."""
+def caption(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -> str:
+    """Say what the scene shows. Colour and shape are always named, the rest nearly always, or always.
+
+    ``rng`` is drawn from equally often for every scene of as many things.
+    """
     opening = _pick(rng, OPENINGS)
-    ground = _ground(scene, rng) if rng.random() < 0.9 else ""
+    ground = _perhaps(rng, 0.9, complete, _ground(scene, rng))
     if len(scene.things) == 2 and scene.relation is not None:
-        first, second = (_noun(thing, rng, size_chance=0.5) for thing in scene.things)
-        words = _pick(rng, RELATION_WORDS[scene.relation]) if rng.random() < 0.95 else "and"
+        first, second = (_noun(thing, rng, 0.5, complete) for thing in scene.things)
+        words = _perhaps(rng, 0.95, complete, _pick(rng, RELATION_WORDS[scene.relation])) or "and"
         return f"{opening}{first} {words} {second}{ground}"
-    noun = _noun(scene.things[0], rng, size_chance=0.75)
+    noun = _noun(scene.things[0], rng, 0.75, complete)
     place = ""
-    if scene.place is not None and rng.random() < (0.5 if scene.place == "center" else 0.9):
-        place = " " + _pick(rng, PLACE_WORDS[scene.place])
-    if ground and place and rng.random() < 0.4:
+    if scene.place is not None:
+        chance = 0.5 if scene.place == "center" else 0.9
+        place = _perhaps(rng, chance, complete, " " + _pick(rng, PLACE_WORDS[scene.place]))
+    before = rng.random() < 0.4
+    if ground and place and before:
         return f"{opening}{noun}{ground}, {place.strip()}"
     return f"{opening}{noun}{place}{ground}"
 
@@ -76,10 +82,38 @@ def vocabulary() -> Iterator[str]:
     yield from (*COLOURS, *SHAPES, *RELATIONS, "a an and with on background colored", ",")
 
 
-def _noun(thing: Thing, rng: np.random.Generator, size_chance: float) -> str:
-    size = _pick(rng, SIZE_WORDS[thing.size]) if rng.random() < size_chance else ""
+def mistakes(scene: Scene) -> list[Scene]:
+    """Every scene that a caption with one wrong word would describe; for pairs also those with colours or shapes
+    exchanged. What the picture shows has not changed, only what is said of it."""
+    wrong = [replace(scene, background=name) for name in BACKGROUNDS if name != scene.background]
+    if scene.place is not None:
+        wrong += [replace(scene, place=name) for name in PLACES if name != scene.place]
+    if scene.relation is not None:
+        wrong += [replace(scene, relation=name) for name in RELATIONS if name != scene.relation]
+    for i, thing in enumerate(scene.things):
+        others: list[Thing] = [replace(thing, colour=name) for name in COLOURS if name != thing.colour]
+        others += [replace(thing, shape=name) for name in SHAPES if name != thing.shape]
+        if len(scene.things) == 1:
+            others += [replace(thing, size=name) for name in SIZES if name != thing.size]
+        wrong += [replace(scene, things=(*scene.things[:i], other, *scene.things[i + 1 :])) for other in others]
+    if len(scene.things) == 2:
+        a, b = scene.things
+        if a.colour != b.colour:
+            wrong.append(replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour))))
+        if a.shape != b.shape:
+            wrong.append(replace(scene, things=(replace(a, shape=b.shape), replace(b, shape=a.shape))))
+    return wrong
+
+
+def _noun(thing: Thing, rng: np.random.Generator, size_chance: float, complete: bool) -> str:
+    size = _perhaps(rng, size_chance, complete, _pick(rng, SIZE_WORDS[thing.size]))
+    size = size or (thing.size if complete else "")
     words = " ".join(word for word in (size, thing.colour, _pick(rng, SHAPE_WORDS[thing.shape])) if word)
     return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _perhaps(rng: np.random.Generator, chance: float, always: bool, words: str) -> str:
+    return words if rng.random() < chance or always else ""
 
 
 def _ground(scene: Scene, rng: np.random.Generator) -> str:

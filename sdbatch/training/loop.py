@@ -1,4 +1,4 @@
-"""The training loop that both stages share: data-parallel workers, EMA, checkpoints that resume bit for bit.
+"""The training loop that all stages share: data-parallel workers, gradient accumulation, EMA, exact resuming.
 
 Everything random in step n comes from (seed, stage, n, rank), so a resumed run sees what the uninterrupted
 one saw. State is kept as safetensors, like every other weight of this project.
@@ -6,12 +6,10 @@ one saw. State is kept as safetensors, like every other weight of this project.
 
 from __future__ import annotations
 
-import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,31 +18,31 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from sdbatch.errors import ModelError
+from sdbatch.training.recipe import Plan
+
 Loss = Callable[[np.random.Generator], Tensor]
-Report = Callable[[int, float, float], None]  # step, loss, seconds a step
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast a stage learns."""
+class Step:
+    """What is known after a step."""
 
     stage: str
-    steps: int
+    done: int
+    total: int
+    loss: float  # a running mean over about 50 steps
+    gradient_norm: float  # before clipping to 1
     learning_rate: float
-    warmup: int
-    seed: int
-    checkpoint_every: int
-    ema_decay: float | None = None
-    betas: tuple[float, float] = (0.9, 0.99)
+    seconds: float  # a step, on average since the start or the resuming
 
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to zero."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+Report = Callable[[Step], None]
+#: Looks at the model now and then, with the averaged weights in place.
+Inspect = Callable[[int], None]
 
 
 def draws(seed: int, *path: int | str) -> np.random.Generator:
@@ -57,18 +55,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-@contextmanager
-def worker(number: int, count: int, rendezvous: Path) -> Iterator[None]:
-    """Join the group of data-parallel workers; one thread each, for threads that spin starve each other."""
-    torch.set_num_threads(1)
-    if count > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=count)
-    try:
-        yield
-    finally:
-        if count > 1:
-            dist.destroy_process_group()
+def workers() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def together() -> None:
+    """Wait until every worker is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def parallel(module: nn.Module) -> nn.Module:
@@ -78,42 +72,89 @@ def parallel(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module) if dist.is_initialized() else module
 
 
-def train(module: nn.Module, loss: Loss, plan: Plan, folder: Path, report: Report) -> dict[str, Tensor]:
-    """Minimise ``loss`` over ``module``'s parameters and return the trained (or averaged) weights.
+def autocast(device: str, enabled: bool) -> torch.autocast:
+    """bfloat16 where torch sees fit; it needs no scaling of the loss."""
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
-    Goes on from ``folder/{stage}.safetensors`` when it is there.
+
+def train(
+    module: nn.Module, loss: Loss, plan: Plan, folder: Path, report: Report, inspect: Inspect | None = None
+) -> None:
+    """Minimise ``loss``, which calls ``module``; leaves the trained (or averaged) weights in it.
+
+    Weights that need no gradient stay as they are. Goes on from ``folder/{stage}.safetensors`` when it is there;
+    raises ModelError when that is the state of another training.
     """
-    parameters = dict(module.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, betas=plan.betas, weight_decay=1e-2)
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    parameters = {name: value for name, value in inner.named_parameters() if value.requires_grad}
+    weights = list(parameters.values())
+    optimizer = torch.optim.AdamW(
+        weights, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
+    )
     averaged = {name: value.detach().clone() for name, value in parameters.items()}
     state_file = folder / f"{plan.stage}.safetensors"
     start = _restore(state_file, parameters, averaged, optimizer) if state_file.exists() else 0
+    on_cpu = weights[0].device.type == "cpu"
     running, since = 0.0, time.perf_counter()
     for step in range(start, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        value = loss(draws(plan.seed, plan.stage, step, rank()))
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        # On the CPU, for few tokens, a third faster than the fused kernel.
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            value = _gradients(module, loss, plan, step)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         decay = 0.0 if plan.ema_decay is None else min(plan.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                averaged[name].lerp_(parameter, 1 - decay)
-        running = value.item() if step == start else 0.98 * running + 0.02 * value.item()
+            torch._foreach_lerp_(list(averaged.values()), weights, 1 - decay)
+        running = value if step == start else 0.98 * running + 0.02 * value
         done = step + 1
         if rank() == 0 and (done % plan.checkpoint_every == 0 or done == plan.steps):
             _save(state_file, done, parameters, averaged, optimizer)
-        report(done, running, (time.perf_counter() - since) / (done - start))
-    return averaged
+            if inspect is not None:
+                with _in_place(parameters, averaged):
+                    inspect(done)
+        seconds = (time.perf_counter() - since) / (done - start)
+        report(Step(plan.stage, done, plan.steps, running, float(norm), plan.rate(step), seconds))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(averaged[name])
+
+
+def _gradients(module: nn.Module, loss: Loss, plan: Plan, step: int) -> float:
+    """Add up the gradients of the step's batches; returns their mean loss."""
+    mean = 0.0
+    for part in range(plan.accumulate):
+        last = part == plan.accumulate - 1
+        waiting: AbstractContextManager[None] = nullcontext()
+        if isinstance(module, DistributedDataParallel) and not last:
+            waiting = module.no_sync()
+        with waiting:
+            value = loss(draws(plan.seed, plan.stage, step, rank(), *([part] if part else []))) / plan.accumulate
+            value.backward()  # type: ignore[no-untyped-call]
+        mean += value.item()
+    return mean
+
+
+@contextmanager
+def _in_place(parameters: Mapping[str, nn.Parameter], averaged: Mapping[str, Tensor]) -> Iterator[None]:
+    """The averaged weights in place of the trained ones; nothing is copied."""
+    trained = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = averaged[name]
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = trained[name]
 
 
 def _save(
     path: Path,
     step: int,
-    parameters: dict[str, nn.Parameter],
-    averaged: dict[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    averaged: Mapping[str, Tensor],
     optimizer: torch.optim.AdamW,
 ) -> None:
     tensors = {"step": torch.tensor(step)}
@@ -123,6 +164,11 @@ def _save(
         tensors[f"averaged.{name}"] = averaged[name]
         tensors[f"moment1.{name}"] = state["exp_avg"]
         tensors[f"moment2.{name}"] = state["exp_avg_sq"]
+    store(path, tensors)
+
+
+def store(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of the training's state; a run that is killed meanwhile leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
@@ -130,17 +176,23 @@ def _save(
 
 
 def _restore(
-    path: Path, parameters: dict[str, nn.Parameter], averaged: dict[str, Tensor], optimizer: torch.optim.AdamW
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    averaged: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
 ) -> int:
     tensors = safetensors.torch.load_file(path)
     step = int(tensors["step"])
+    shapes = {key.removeprefix("parameter."): tensors[key].shape for key in tensors if key.startswith("parameter.")}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise ModelError(f"{path} is the state of another training; train into another folder, or remove it")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             averaged[name].copy_(tensors[f"averaged.{name}"])
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"moment1.{name}"],
-                "exp_avg_sq": tensors[f"moment2.{name}"],
+                "step": torch.tensor(float(step), device=parameter.device),
+                "exp_avg": tensors[f"moment1.{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"moment2.{name}"].to(parameter.device),
             }
     return step

@@ -1,104 +1,108 @@
-"""The whole training of a built-in model, from nothing to a folder that loads.
+"""The whole training of a built-in model, from nothing to folders that load.
 
-WORK/tokenizer/            the learnt vocabulary
 WORK/state/*.safetensors   where each stage stands; the same command goes on from there
-MODEL/                     the finished model in the diffusers layout, float16
+WORK/tensorboard/          curves
+WORK/samples/              what the denoiser drew along the way
+WORK/model/                the finished model in the diffusers layout, float16
+WORK/scorer/               its CLIP, in transformers' layout, float16
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 
 from sdbatch.diffusion.checkpoint import Checkpoint, unstored
 from sdbatch.diffusion.pipeline import LatentDiffusion
-from sdbatch.training.architecture import MAX_TOKENS, SCHEDULE
+from sdbatch.diffusion.text_encoder import TextEncoder
+from sdbatch.diffusion.unet import UNet
+from sdbatch.diffusion.vae import VAE
+from sdbatch.training.architecture import MAX_TOKENS, SCHEDULE, UNET_CONFIG, VAE_CONFIG, start_gently, text_config
 from sdbatch.training.autoencoder import normalise_latents, train_vae
-from sdbatch.training.captions import vocabulary
-from sdbatch.training.denoiser import TrainingSet, encode_scenes, train_denoiser, training_scenes, word_swap
-from sdbatch.training.loop import Report, rank, worker
+from sdbatch.training.captions import caption, vocabulary
+from sdbatch.training.crew import together_with
+from sdbatch.training.denoiser import train_denoiser
+from sdbatch.training.drawn import DrawnExamples, encode_scenes, training_scenes, word_swap
+from sdbatch.training.identity import claim
+from sdbatch.training.loop import draws, rank
+from sdbatch.training.monitor import Monitor, Progress
+from sdbatch.training.objective import Objective
 from sdbatch.training.recipe import Recipe
+from sdbatch.training.scorer import new_clip, train_clip
 from sdbatch.training.tokens import learn_tokenizer
+from sdbatch.training.world import random_scene
 
-# stage, done, total, text beside the bar
-Progress = Callable[[str, int, int, str], None]
-
-
-def run(recipe: Recipe, work: Path, model: Path, progress: Progress) -> None:
-    """Train after ``recipe``, resuming whatever ``work`` holds, and write the model to ``model``."""
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as meeting:
-        rendezvous = Path(meeting) / "rendezvous"
-        if recipe.workers == 1:
-            _work(0, recipe, work, model, rendezvous, progress)
-        else:
-            context = torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-                _work_quietly,
-                args=(recipe, work, model, rendezvous),
-                nprocs=recipe.workers - 1,
-                join=False,
-                start_method="spawn",
-            )
-            _work(0, recipe, work, model, rendezvous, progress)
-            context.join()
+_SAMPLES = 32  # on a sheet
+_LOOK_EVERY = 5  # checkpoints
 
 
-def _work_quietly(number: int, recipe: Recipe, work: Path, model: Path, rendezvous: Path) -> None:
-    _work(number + 1, recipe, work, model, rendezvous, lambda stage, done, total, text: None)
+def run(recipe: Recipe, work: Path, progress: Progress) -> None:
+    """Train after ``recipe``, resuming whatever ``work`` holds; the model comes into ``work/model``.
+
+    Raises UsageError where ``work`` holds the training of another recipe.
+    """
+    claim(work / "state", asdict(recipe))
+    together_with(recipe.workers, recipe.device, work, lambda told: _train(recipe, work, told), progress)
 
 
-def _work(number: int, recipe: Recipe, work: Path, model: Path, rendezvous: Path, progress: Progress) -> None:
-    with worker(number, recipe.workers, rendezvous):
-        _train(recipe, work, model, progress)
-
-
-def _train(recipe: Recipe, work: Path, model: Path, progress: Progress) -> None:
-    def reporter(stage: str, total: int) -> Report:
-        def report(done: int, loss: float, seconds: float) -> None:
-            progress(stage, done, total, f"loss {loss:.4f} · {seconds:.2f} s/step" if seconds else "")
-
-        return report
-
-    leader, state = rank() == 0, work / "state"
+def _train(recipe: Recipe, work: Path, progress: Progress) -> None:
+    state, monitor = work / "state", Monitor(work, progress)
     tokenizer = learn_tokenizer(vocabulary(), MAX_TOKENS)
-    vae = train_vae(recipe, state, reporter("vae", recipe.vae_steps))
-    scenes = training_scenes(recipe)
-    cache = state / "latents.safetensors"
-    if leader and not cache.exists():
-        latents, covers = encode_scenes(vae, scenes, reporter("latents", len(scenes)))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({"latents": latents, "covers": covers}, cache.with_suffix(".partial"))
-        cache.with_suffix(".partial").replace(cache)
-    _together()
-    cached = safetensors.torch.load_file(cache)
-    latents = cached["latents"]
-    normalise_latents(vae, latents)
-    latents = (latents - latents.mean(dim=(0, 2, 3), keepdim=True)) / latents.std(dim=(0, 2, 3), keepdim=True)
-    data = TrainingSet(scenes, latents, cached["covers"])
 
-    text_encoder, unet = train_denoiser(recipe, tokenizer, data, state, reporter("denoiser", recipe.steps))
-    if leader:
-        swaps = word_swap(text_encoder, unet, tokenizer, data, SCHEDULE)
-        told = ", ".join(f"{word} +{growth:.0f} %" for word, growth in swaps.items())
-        progress("denoiser", recipe.steps, recipe.steps, f"word swaps raise the loss at t = 999: {told}")
-        checkpoint = Checkpoint(
-            path=model,
-            layout="trained here",
-            unet=unstored("unet", unet),
-            vae=unstored("vae", vae),
-            text_encoders=(unstored("text_encoder", text_encoder),),
-            tokenizers=(tokenizer,),
-            schedule=SCHEDULE,
-        )
-        LatentDiffusion(checkpoint, [text_encoder], unet, vae).save_pretrained(model, dtype="float16")
+    torch.manual_seed(recipe.seed)
+    vae = VAE(VAE_CONFIG).to(recipe.device)
+    train_vae(vae, recipe, state, monitor.step)
+    vae.eval().requires_grad_(False)
 
+    torch.manual_seed(recipe.seed + 2)
+    clip = new_clip(tokenizer).to(recipe.device)
+    train_clip(clip, recipe, recipe.clip_plan, state, monitor.step)
+    clip.eval().requires_grad_(False)
 
-def _together() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    scenes = training_scenes(recipe.seed, recipe.pictures)
+    latents, covers = encode_scenes(vae, scenes, state, lambda done, total: monitor.told("latents", done, total))
+    examples = DrawnExamples(
+        scenes, normalise_latents(vae, latents), covers, recipe.caption_dropout, recipe.thing_weight
+    )
+    torch.manual_seed(recipe.seed + 1)
+    text_encoder, unet = TextEncoder(text_config(len(tokenizer.vocab))), UNet(UNET_CONFIG)
+    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    start_gently(unet)
+    checkpoint = Checkpoint(
+        path=work / "model",
+        layout="trained here",
+        unet=unstored("unet", unet),
+        vae=unstored("vae", vae),
+        text_encoders=(unstored("text_encoder", text_encoder),),
+        tokenizers=(tokenizer,),
+        schedule=SCHEDULE,
+    )
+    model = LatentDiffusion(checkpoint, [text_encoder.to(recipe.device)], unet.to(recipe.device), vae)
+    chance = draws(recipe.seed, "samples")
+    prompts = [caption(random_scene(chance), chance, complete=True) for _ in range(_SAMPLES)]
+
+    def look(step: int) -> None:
+        if step % (_LOOK_EVERY * recipe.checkpoint_every) == 0 or step == recipe.steps:
+            swaps = word_swap(model, examples)
+            monitor.numbers("word swap", swaps, step)
+            monitor.samples(model, prompts, step)
+            told = ", ".join(f"{word} +{growth:.0f} %" for word, growth in swaps.items())
+            monitor.told("denoiser", step, recipe.steps, f"swapped words raise the loss at t = 999: {told}")
+
+    train_denoiser(
+        model,
+        examples,
+        Objective(timestep_exponent=recipe.timestep_exponent, min_snr_gamma=recipe.min_snr_gamma),
+        recipe.plan,
+        state,
+        monitor.step,
+        look,
+        batch=recipe.batch,
+        mixed_precision=recipe.mixed_precision,
+    )
+    if rank() == 0:
+        clip.save_pretrained(work / "scorer", dtype="float16")
+        model.save_pretrained(work / "model", dtype="float16")
+    monitor.close()

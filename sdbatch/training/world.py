@@ -6,12 +6,14 @@ Coordinates are fractions of the picture: x to the right, y down, (0.5, 0.5) the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 Array = np.ndarray
+
+PIXELS = 64  # each way
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 38, 38),
@@ -33,18 +35,18 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "rose": (252, 206, 214),
 }
 
-SIZES: dict[str, tuple[float, float]] = {"small": (0.13, 0.16), "medium": (0.18, 0.22), "large": (0.25, 0.29)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.13, 0.16), "medium": (0.18, 0.22), "large": (0.24, 0.28)}
 
 PLACES: dict[str, tuple[float, float]] = {
-    "top left": (0.28, 0.28),
-    "top": (0.5, 0.28),
-    "top right": (0.72, 0.28),
-    "left": (0.28, 0.5),
+    "top left": (0.3, 0.3),
+    "top": (0.5, 0.3),
+    "top right": (0.7, 0.3),
+    "left": (0.3, 0.5),
     "center": (0.5, 0.5),
-    "right": (0.72, 0.5),
-    "bottom left": (0.28, 0.72),
-    "bottom": (0.5, 0.72),
-    "bottom right": (0.72, 0.72),
+    "right": (0.7, 0.5),
+    "bottom left": (0.3, 0.7),
+    "bottom": (0.5, 0.7),
+    "bottom right": (0.7, 0.7),
 }
 
 RELATIONS = ("above", "below", "left of", "right of")
@@ -70,6 +72,21 @@ class Scene:
     things: tuple[Thing, ...]
     place: str | None = None
     relation: str | None = None
+
+    @property
+    def novel(self) -> bool:
+        """Does it show what training never shows: a held-out colour of a shape, or a held-out relation of shapes?
+
+        An eighth of the 64 (shape, colour) pairs is held out, each shape and each colour once, and an eighth of
+        the relations. "A left of B" and "B right of A" are one picture, so they are held out together.
+        """
+        if any((3 * _index(SHAPES, thing.shape) + _index(COLOURS, thing.colour)) % 8 == 1 for thing in self.things):
+            return True
+        if self.relation is None:
+            return False
+        ordered = self.things if self.relation in {"above", "left of"} else self.things[::-1]
+        first, second = (_index(SHAPES, thing.shape) for thing in ordered)
+        return (first + 3 * second + 4 * (self.relation in {"above", "below"})) % 8 == 5
 
 
 # -- shapes: signed distance functions, negative inside, of coordinates in units of the radius -----------------
@@ -128,15 +145,25 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+def _index(names: Iterable[str], name: str) -> int:
+    return list(names).index(name)
+
+
 # -- drawing -----------------------------------------------------------------------------------------------
 
 
-def draw(scene: Scene, pixels: int = 64) -> tuple[Array, Array]:
+def light(pixels: int) -> Array:
+    """The soft fall of light on the background from the upper left, (pixels, pixels) float32."""
+    centres = (np.arange(pixels, dtype=np.float32) + 0.5) / pixels
+    x, y = np.meshgrid(centres, centres)
+    return 1.0 - 0.03 * (x + y - 1.0)
+
+
+def draw(scene: Scene, pixels: int = PIXELS) -> tuple[Array, Array]:
     """The picture (pixels, pixels, 3) uint8, and how much of each pixel a thing covers, float32 in [0, 1]."""
     centres = (np.arange(pixels, dtype=np.float32) + 0.5) / pixels
     x, y = np.meshgrid(centres, centres)
-    light = 1.0 - 0.03 * (x + y - 1.0)  # a soft fall of light from the upper left
-    picture = np.array(BACKGROUNDS[scene.background], np.float32) * light[..., None]
+    picture = np.array(BACKGROUNDS[scene.background], np.float32) * light(pixels)[..., None]
     covered = np.zeros((pixels, pixels), np.float32)
     for thing in scene.things:
         u, v = (x - thing.x) / thing.radius, (y - thing.y) / thing.radius
@@ -155,15 +182,23 @@ def draw(scene: Scene, pixels: int = 64) -> tuple[Array, Array]:
 # -- chance ------------------------------------------------------------------------------------------------
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """Three scenes in five hold one thing, two hold a pair."""
-    background = _pick(rng, list(BACKGROUNDS))
-    if rng.random() < 0.6:
-        place = _pick(rng, list(PLACES))
-        x, y = PLACES[place]
-        size = _pick(rng, list(SIZES))
-        thing = _random_thing(rng, size, x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03), "")
-        return Scene(background, (thing,), place=place)
+def random_scene(rng: np.random.Generator, things: int | None = None, *, novel: bool = False) -> Scene:
+    """A scene with one thing or two (None: two in five hold one), ``novel`` or of the kind that is trained on."""
+    count = things or (1 if rng.random() < 0.4 else 2)
+    while True:
+        scene = _lone_thing(rng) if count == 1 else _pair(rng)
+        if scene.novel == novel:
+            return scene
+
+
+def _lone_thing(rng: np.random.Generator) -> Scene:
+    place, size = _pick(rng, list(PLACES)), _pick(rng, list(SIZES))
+    x, y = PLACES[place]
+    thing = _thing(rng, size, x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02), "")
+    return Scene(_pick(rng, list(BACKGROUNDS)), (thing,), place=place)
+
+
+def _pair(rng: np.random.Generator) -> Scene:
     relation = _pick(rng, list(RELATIONS))
     along, across = rng.uniform(0.235, 0.265), rng.uniform(-0.04, 0.04)
     sign = -1.0 if relation in {"above", "left of"} else 1.0
@@ -172,11 +207,11 @@ def random_scene(rng: np.random.Generator) -> Scene:
         shift = (across, direction * along) if relation in {"above", "below"} else (direction * along, across)
         size = _pick(rng, ["small", "medium"])
         taken = things[0].colour if things else ""
-        things.append(_random_thing(rng, size, 0.5 + shift[0], 0.5 + shift[1], taken))
-    return Scene(background, tuple(things), relation=relation)
+        things.append(_thing(rng, size, 0.5 + shift[0], 0.5 + shift[1], taken))
+    return Scene(_pick(rng, list(BACKGROUNDS)), tuple(things), relation=relation)
 
 
-def _random_thing(rng: np.random.Generator, size: str, x: float, y: float, taken: str) -> Thing:
+def _thing(rng: np.random.Generator, size: str, x: float, y: float, taken: str) -> Thing:
     colour = _pick(rng, [name for name in COLOURS if name != taken])
     return Thing(_pick(rng, list(SHAPES)), colour, size, x, y, rng.uniform(*SIZES[size]))
 

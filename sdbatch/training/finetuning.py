@@ -1,0 +1,160 @@
+"""Fine-tuning: a model that is there learns somebody's captioned pictures, as a LoRA or with all its weights.
+
+WORK/state/*.safetensors   the pictures' latents, and where the training stands; the same command goes on from there
+WORK/lora/                 the LoRA in the layout of peft
+WORK/model/                or the whole model in the diffusers layout, float16
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sdbatch.diffusion import LatentDiffusion, open_checkpoint
+from sdbatch.diffusion.checkpoint import Checkpoint
+from sdbatch.errors import ModelError, UsageError
+from sdbatch.training.autoencoder import as_tensor
+from sdbatch.training.captioned import CaptionedPicture, prepare, read_captioned
+from sdbatch.training.crew import together_with
+from sdbatch.training.denoiser import train_denoiser
+from sdbatch.training.identity import claim
+from sdbatch.training.loop import rank, store, together, workers
+from sdbatch.training.lora import add_lora, save_lora
+from sdbatch.training.monitor import Monitor, Progress
+from sdbatch.training.objective import Batch, Objective
+from sdbatch.training.recipe import FineTuning
+
+_BLOCK = 8  # pictures encoded at once
+_SAMPLES = 8  # on a sheet
+
+
+@dataclass(frozen=True)
+class CaptionedExamples:
+    """Mean and spread of the pictures' latents, each (N, C, h, w), and a caption each."""
+
+    mean: Tensor
+    spread: Tensor
+    captions: Sequence[str]
+    caption_dropout: float
+
+    def batch(self, rng: np.random.Generator, count: int) -> Batch:
+        chosen = rng.integers(len(self.captions), size=count)
+        texts = ["" if rng.random() < self.caption_dropout else self.captions[i] for i in chosen]
+        mean, spread = self.mean[chosen], self.spread[chosen]
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32)).to(mean.device)
+        return Batch(mean + spread * noise, texts)
+
+
+def run(recipe: FineTuning, model: str, pictures: Path, work: Path, progress: Progress) -> Path:
+    """Fine-tune ``model`` after ``recipe``, resuming whatever ``work`` holds; returns where the result lies.
+
+    Raises InputError for what is wrong with the pictures and ModelError or UsageError for what can't be trained, all
+    before a weight is loaded.
+    """
+    examples = read_captioned(pictures)
+    if len(examples) < recipe.workers:
+        raise UsageError(f"{pictures} holds {len(examples)} pictures for {recipe.workers} workers; use fewer workers")
+    checkpoint = open_checkpoint(model)
+    _check(checkpoint, recipe)
+    settings = {name: value for name, value in asdict(recipe).items() if name != "sample_prompts"}
+    claim(work / "state", {"model": checkpoint.fingerprint(), "pictures": _digest(examples), **settings})
+    together_with(
+        recipe.workers, recipe.device, work, lambda told: _train(recipe, model, examples, work, told), progress
+    )
+    return work / ("model" if recipe.full else "lora")
+
+
+def _digest(pictures: Sequence[CaptionedPicture]) -> str:
+    """sha256 over captions and pictures."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(hashlib.sha256(picture.read()).digest() + hashlib.sha256(picture.caption.encode()).digest())
+    return digest.hexdigest()
+
+
+def _check(checkpoint: Checkpoint, recipe: FineTuning) -> None:
+    if checkpoint.unet.config.in_channels != checkpoint.vae.config.latent_channels:
+        raise ModelError(f"model '{checkpoint.path}' repaints pictures: only text-to-image models can be fine-tuned")
+    factor = checkpoint.vae.config.downscale << (len(checkpoint.unet.config.block_out_channels) - 1)
+    if recipe.resolution is not None and recipe.resolution % factor:
+        raise UsageError(f"resolution is {recipe.resolution}; this model needs a multiple of {factor}")
+
+
+def _train(recipe: FineTuning, uri: str, pictures: Sequence[CaptionedPicture], work: Path, progress: Progress) -> None:
+    state, monitor = work / "state", Monitor(work, progress)
+    model = LatentDiffusion.from_pretrained(uri, recipe.device)
+    size = (recipe.resolution, recipe.resolution) if recipe.resolution else model.default_size
+    mean, spread = _encode(model, pictures, size, state, monitor)
+    captions = [picture.caption for picture in pictures]
+    _choose(model, recipe)
+    prompts = recipe.sample_prompts or tuple(captions[:_SAMPLES])
+
+    def look(step: int) -> None:
+        monitor.samples(model, prompts, step)
+
+    train_denoiser(
+        model,
+        CaptionedExamples(mean, spread, captions, recipe.caption_dropout),
+        Objective(min_snr_gamma=recipe.min_snr_gamma),
+        recipe.plan,
+        state,
+        monitor.step,
+        look,
+        batch=recipe.batch,
+        mixed_precision=recipe.mixed_precision,
+        size=size,
+    )
+    if rank() == 0:
+        if recipe.full:
+            model.save_pretrained(work / "model", dtype="float16")
+        else:
+            save_lora(work / "lora", _networks(model))
+    monitor.close()
+
+
+def _networks(model: LatentDiffusion) -> dict[str, nn.Module]:
+    names = [encoder.name for encoder in model.checkpoint.text_encoders]
+    return {"unet": model.unet, **dict(zip(names, model.text_encoders, strict=True))}
+
+
+def _choose(model: LatentDiffusion, recipe: FineTuning) -> None:
+    """Leave only that with gradients which is to learn."""
+    chance = torch.Generator().manual_seed(recipe.seed)
+    model.vae.requires_grad_(False)
+    for network in _networks(model).values():
+        network.requires_grad_(False)
+        if network is not model.unet and not recipe.text_encoder:
+            continue
+        if not recipe.full:
+            add_lora(network, recipe.rank, generator=chance)
+            continue
+        network.requires_grad_(True)
+
+
+@torch.no_grad()
+def _encode(
+    model: LatentDiffusion, pictures: Sequence[CaptionedPicture], size: tuple[int, int], folder: Path, monitor: Monitor
+) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the scaled latents of all pictures; each worker encodes a share and keeps it in ``folder``."""
+    share = -(-len(pictures) // workers())
+    files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
+    if not files[rank()].exists():
+        own = pictures[rank() * share : (rank() + 1) * share]
+        means, spreads = [], []
+        for start in range(0, len(own), _BLOCK):
+            block = np.stack([prepare(picture, *size) for picture in own[start : start + _BLOCK]])
+            mean, log_variance = model.vae.encode(as_tensor(block).to(model.device))
+            means.append(model.vae.config.scaling_factor * mean)
+            spreads.append(model.vae.config.scaling_factor * (0.5 * log_variance).exp())
+            monitor.told("latents", min(start + _BLOCK, len(own)), len(own))
+        store(files[rank()], {"mean": torch.cat(means), "spread": torch.cat(spreads)})
+    together()
+    parts = [safetensors.torch.load_file(path, device=str(model.device)) for path in files]
+    return torch.cat([part["mean"] for part in parts]), torch.cat([part["spread"] for part in parts])
