@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdbatch import __version__, cli
 
@@ -59,3 +61,36 @@ def test_errors_come_as_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["kind"] == "OutputError"
     assert "holds no job" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["finetune", "builtin:shapes", "no-such-folder", "out"], "no-such-folder does not exist"),
+        (["finetune", "builtin:nothing", "pictures", "out"], "builtin:nothing"),
+        (["finetune", "builtin:shapes", "pictures", "out", "--resolution", "50"], "resolution is 50"),
+        (["finetune", "builtin:shapes", "pictures", "out", "--device", "cuda"], "there is no CUDA device here"),
+        (["train", "pictures/red.png"], "pictures/red.png"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_at_once(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures/red.png")
+    (tmp_path / "pictures/red.txt").write_text("a red square")
+    assert cli.call(arguments) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_finetune_leaves_a_lora_that_a_job_can_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64), "red").save(pictures / "red.png")
+    (pictures / "red.txt").write_text("a red square")
+    options = ["--steps", "1", "--rank", "2", "--batch", "1", "--sample-prompt", "a red square"]
+    assert cli.call(["finetune", "builtin:shapes", str(pictures), str(tmp_path / "out"), *options]) == 0
+    assert (tmp_path / "out/lora/pytorch_lora_weights.safetensors").is_file()
+    assert "loras:" in capsys.readouterr().err

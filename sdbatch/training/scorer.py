@@ -67,7 +67,7 @@ def train_clip(clip: CLIP, recipe: Recipe, plan: Plan, folder: Path, report: Rep
     def loss(rng: np.random.Generator) -> Tensor:
         scenes = [random_scene(rng) for _ in range(recipe.clip_batch)]
         pixels = as_tensor(np.stack([draw(scene)[0] for scene in scenes])).to(device)
-        told = [_right_and_wrong(scene, rng, WRONG, complete=False) for scene in scenes]
+        told = [right_and_wrong(scene, rng, WRONG, complete=False) for scene in scenes]
         right, wrong = [texts[0] for texts in told], [text for texts in told for text in texts[1:]]
         ids = [torch.tensor(clip.tokenizer(texts), device=device) for texts in (right, wrong)]
         with autocast(device, recipe.mixed_precision):
@@ -81,13 +81,13 @@ def ranks_first(clip: CLIP, scenes: list[Scene], rng: np.random.Generator, among
     """For each drawn scene: does its own caption score above ``among - 1`` captions with one attribute changed?"""
     found = []
     for scene in scenes:
-        captions = _right_and_wrong(scene, rng, among - 1, complete=True)
+        captions = right_and_wrong(scene, rng, among - 1, complete=True)
         scores = clip.embed_images(draw(scene)[0][None]) @ clip.embed_texts(captions).T  # (1, among)
         found.append(int(scores.argmax()) == 0)
     return found
 
 
-def _right_and_wrong(scene: Scene, rng: np.random.Generator, count: int, *, complete: bool) -> list[str]:
+def right_and_wrong(scene: Scene, rng: np.random.Generator, count: int, *, complete: bool) -> list[str]:
     """A caption, then ``count`` others that differ from it where something was mistaken, and nowhere else."""
     words, false = int(rng.integers(2**32)), mistakes(scene)
     told = [caption(scene, draws(words), complete=complete)]

@@ -66,7 +66,7 @@ def test_a_lora_changes_pictures_and_resumes_to_the_same_file(
     assert (tmp_path / "whole/samples/0000004.png").is_file()
 
     path = lora / "pytorch_lora_weights.safetensors"
-    tuned = LatentDiffusion.from_pretrained("builtin:shapes", adaptations=[Lora(str(path), 1.0)])
+    tuned = LatentDiffusion.from_pretrained("builtin:shapes", adaptations=[Lora(path, 1.0)])
     assert not np.array_equal(made(tuned), made(LatentDiffusion.from_pretrained("builtin:shapes")))
 
 
@@ -76,10 +76,10 @@ def test_diffusers_loads_the_lora_and_draws_the_same(pictures: Path, tmp_path: P
     recipe = FineTuning(**{**vars(QUICK), "text_encoder": True})
     lora = finetuning.run(recipe, "builtin:shapes", pictures, tmp_path, silent)
     ours = LatentDiffusion.from_pretrained(
-        "builtin:shapes", adaptations=[Lora(str(lora / "pytorch_lora_weights.safetensors"), 1.0)]
+        "builtin:shapes", adaptations=[Lora(lora / "pytorch_lora_weights.safetensors", 1.0)]
     )
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(
-        ours.checkpoint.path, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        ours.checkpoint.path, safety_checker=None, requires_safety_checker=False
     )
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(lora)

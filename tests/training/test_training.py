@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,13 +85,32 @@ def test_a_training_leaves_a_model_a_scorer_samples_and_curves(whole: Path) -> N
     assert curves.Tags()["images"] == ["samples"]
 
 
-def test_two_workers_under_ray_train_one_model(ray_here: None, tmp_path: Path) -> None:
+def test_workers_under_ray_train_one_model_also_when_one_dies(ray_here: None, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, workers=2, vae_steps=1, clip_steps=1, steps=6, checkpoint_every=1)
     told: list[str] = []
-    recipe = dataclasses.replace(TINY, workers=2, vae_steps=1, clip_steps=1, steps=1)
-    trainer.run(recipe, tmp_path, lambda stage, done, total, text: told.append(stage))
-    model = LatentDiffusion.from_pretrained(tmp_path / "model")
-    assert model.generate(["a red circle"], seeds=[1], num_inference_steps=2).shape == (1, 64, 64, 3)
+    trainer.run(recipe, tmp_path / "whole", lambda stage, done, total, text: told.append(stage))
     assert told[-1] == "denoiser"
+    model = LatentDiffusion.from_pretrained(tmp_path / "whole/model")
+    assert model.generate(["a red circle"], seeds=[1], num_inference_steps=2).shape == (1, 64, 64, 3)
+
+    killed = []
+
+    def kill(stage: str, done: int, total: int, text: str) -> None:
+        if stage == "denoiser" and not killed:
+            worker = next(child for child in psutil.Process().children(recursive=True) if trains(child))
+            worker.kill()
+            killed.append(worker)
+
+    trainer.run(recipe, tmp_path / "killed", kill)
+    assert killed
+    assert digest(tmp_path / "killed/model") == digest(tmp_path / "whole/model")
+
+
+def trains(process: psutil.Process) -> bool:
+    try:
+        return "ray::RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 # -- the loop --------------------------------------------------------------------------------------------------
