@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from sdbatch.cli.console import bar, facts, tell
-from sdbatch.errors import OutputError
+from sdbatch.errors import OutputError, UsageError
 from sdbatch.spec import Resources
 from sdbatch.training import FineTuning, Recipe
 
@@ -25,7 +25,7 @@ class Device(StrEnum):
 
 
 Folder = Annotated[Path, typer.Argument(help="Where the training keeps its state and leaves its result.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; more than one are placed by Ray Train.")]
 On = Annotated[Device, typer.Option(help="What each worker trains on.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")]
@@ -74,11 +74,11 @@ def train(
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="Any model that jobs can name, in its model.uri.")],
+    model: Annotated[str, typer.Argument(help="builtin:NAME, hf:OWNER/NAME, a folder or a single .safetensors file.")],
     pictures: Annotated[Path, typer.Argument(help="A folder of captioned pictures, or WebDataset .tar files.")],
     folder: Folder,
     full: Annotated[bool, typer.Option("--full", help="Train all weights of the U-Net instead of a LoRA.")] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = _TUNING.rank,
+    rank: Annotated[int | None, typer.Option(min=1, help=f"Of the LoRA; {_TUNING.rank} when left out.")] = None,
     text_encoder: Annotated[
         bool, typer.Option("--text-encoder", help="Train the text encoders, too.")
     ] = _TUNING.text_encoder,
@@ -86,7 +86,8 @@ def finetune(
     batch: Annotated[int, typer.Option(min=1, help="Pictures a worker and batch.")] = _TUNING.batch,
     accumulate: Accumulate = _TUNING.accumulate,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest; 1e-4 for a LoRA, 1e-5 for all weights when left out.")
+        float | None,
+        typer.Option(min=1e-9, help="At its highest; 1e-4 for a LoRA, 1e-5 for all weights when left out."),
     ] = None,
     resolution: Annotated[
         int | None, typer.Option(min=8, help="Pixels, each way; the model's own when left out.")
@@ -94,6 +95,8 @@ def finetune(
     sample_prompt: Annotated[
         list[str], typer.Option(help="Drawn now and then; the first captions when left out.")
     ] = [],  # noqa: B006
+    tokenizer: Annotated[str | None, typer.Option(help="As model.tokenizer of a job.")] = None,
+    prediction_type: Annotated[str | None, typer.Option(help="As model.prediction_type of a job.")] = None,
     seed: Seed = _TUNING.seed,
     workers: Workers = _TUNING.workers,
     device: On = Device.cpu,
@@ -104,8 +107,10 @@ def finetune(
     """
     from sdbatch.training import finetuning
 
+    if full and rank is not None:
+        raise UsageError("--rank is of a LoRA; leave it out with --full")
     recipe = FineTuning(
-        rank=rank,
+        rank=rank or _TUNING.rank,
         full=full,
         text_encoder=text_encoder,
         steps=steps,
@@ -113,6 +118,8 @@ def finetune(
         accumulate=accumulate,
         learning_rate=learning_rate,
         resolution=resolution,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
         sample_prompts=tuple(sample_prompt),
         seed=seed,
         workers=workers,
@@ -121,7 +128,7 @@ def finetune(
     with _crew(folder, workers, device), _progress("fine-tuning") as progress:
         result = finetuning.run(recipe, model, pictures, folder, progress)
     tell(f"[green]✓[/] fine-tuned: {escape(str(result))}")
-    use = f"model: {{uri: {model}, loras: [{{uri: {result}}}]}}" if not full else f"model: {{uri: {result}}}"
+    use = f"model: {{uri: {result}}}" if full else f"model: {{uri: {model}, loras: [{{uri: {result}}}]}}"
     facts({"samples": escape(str(folder / "samples")), "use it": escape(use)})
 
 

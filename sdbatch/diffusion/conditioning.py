@@ -23,6 +23,13 @@ class Conditioning:
     states: Tensor  # (B, L, D) text states
     added: Added | None  # SDXL
 
+    def blanked(self, given: Tensor) -> Conditioning:
+        """Text only where ``given`` (B,) is True, zeros elsewhere: how SDXL has an empty prompt."""
+        added = self.added
+        if added is not None:
+            added = Added(added.pooled * given[:, None], added.sizes)
+        return Conditioning(self.states * given[:, None, None], added)
+
     def __add__(self, other: Conditioning) -> Conditioning:
         """Both batches as one."""
         added = None

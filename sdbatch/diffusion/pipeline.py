@@ -196,13 +196,13 @@ class LatentDiffusion:
         text = torch.cat(states, dim=-1)
         if self.unet.config.added_dim is None or pooled is None:
             return Conditioning(text, None)
-        if negative and self.checkpoint.zero_empty_prompt:
-            given = torch.tensor([prompt != "" for prompt in prompts], device=self.device)
-            text, pooled = text * given[:, None, None], pooled * given[:, None]
         width, height = size or self.default_size
         last = [_AESTHETIC[negative]] if self.checkpoint.aesthetic_score else [height, width]
         sizes = torch.tensor([[height, width, 0, 0, *last]] * len(prompts), device=self.device)
-        return Conditioning(text, Added(pooled, sizes.float()))
+        conditioning = Conditioning(text, Added(pooled, sizes.float()))
+        if negative and self.checkpoint.zero_empty_prompt:
+            return conditioning.blanked(torch.tensor([prompt != "" for prompt in prompts], device=self.device))
+        return conditioning
 
     @torch.inference_mode()
     def denoise(self, z: Tensor, t: float, conditioning: Conditioning) -> Tensor:

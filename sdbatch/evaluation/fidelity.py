@@ -16,7 +16,7 @@ from sdbatch.evaluation.prompts import CELLS, Setting
 from sdbatch.training.checker import Agreement, compare
 from sdbatch.training.world import Scene
 
-ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place", "relation", "things", "all")
+ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place", "relation", "things", "placed", "all")
 MEANING = {
     "count": "as many things",
     "background": "the background's colour",
@@ -26,8 +26,9 @@ MEANING = {
     "place": "where the one thing lies",
     "relation": "how the two things lie to each other",
     "things": "count, and each colour on its own shape",
-    "all": "things, and their place or relation",
-    "shifted": "all, held against the next prompt: what chance gives",
+    "placed": "things, and their place or relation",
+    "all": "everything that was told",
+    "shifted": "placed, held against the next prompt: what chance gives",
 }
 
 _Z = NormalDist().inv_cdf(0.975)
@@ -84,7 +85,8 @@ class Rate:
 class Cell:
     """The rates of one kind of scene at one setting, by attribute; attributes that were not told are left out.
 
-    ``shifted`` is how often all is right when each picture is held against the next prompt: it should be about 0.
+    ``shifted`` is how often things are placed right when each picture is held against the next prompt; it
+    should be about 0.
     """
 
     name: str
@@ -150,5 +152,5 @@ def _cell(name: str, readings: Sequence[Reading]) -> Cell:
         if told:
             rates[attribute] = Rate(sum(told), len(told))
     nexts = [*ordered[1:], ordered[0]]
-    shifted = sum(compare(other.told, reading.seen).all for reading, other in zip(ordered, nexts, strict=True))
+    shifted = sum(compare(other.told, reading.seen).placed for reading, other in zip(ordered, nexts, strict=True))
     return Cell(name, len(ordered), rates, Rate(shifted, len(ordered)) if len(ordered) > 1 else None)

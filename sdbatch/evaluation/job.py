@@ -40,6 +40,7 @@ _ELSEWHERE = {
     "generate.num_inference_steps": "--steps",
     "generate.guidance_scale": "--guidance",
     "generate.seed": "--seed",
+    "generate.num_images_per_prompt": "--prompts-per-cell",
     "input.uri": "--prompts-per-cell and --seed",
     "model.uri": "MODEL",
     "output.uri": "OUTPUT",

@@ -22,10 +22,14 @@ _COLOUR_TOLERANCE = 60.0
 _DEEPEST_SHADOW, _BRIGHTEST = 0.82, 1.04
 _COVERED = 45.0  # how far off the shaded background a pixel is that belongs to a thing
 _SMALLEST = 20 / 64**2  # area of a thing, of the picture; less is dirt
+_FAINT = 14.0  # the same for what is no thing of the world, over a few pixels together
+_MIXED = 40.0  # how far a thing's pixel may be off the line between the ground and its colour
 _SHARED = 0.2  # of a region's pixels: a second colour with as many is a second thing
 _OVERLAP = 0.75  # intersection over union with the best template
 
 _MEDIUM_FROM, _LARGE_FROM = 0.17, 0.23  # radii
+_APART = 0.2  # centres of two things that stand in a relation, of the picture's width
+_STRAIGHT = 1.5  # how much further along the relation than across it
 
 
 def read(picture: Array) -> Scene:
@@ -33,14 +37,17 @@ def read(picture: Array) -> Scene:
     pixels = len(picture)
     flat = picture.astype(np.float32) / light(pixels)[..., None]
     ground = _border_colour(flat)
-    things = [_thing(flat, ground, region) for region in _regions(flat, ground)]
+    regions = _regions(flat, ground)
+    things = [_thing(flat, ground, region) for region in regions] + _dirt(flat, ground, regions)
     background = _nearest(ground, BACKGROUNDS, _BACKGROUND_TOLERANCE)
     if len(things) == 1:
         return Scene(background, tuple(things), place=_place(things[0]))
     if len(things) == 2:
         across, down = (abs(things[1].x - things[0].x), abs(things[1].y - things[0].y))
         things.sort(key=lambda thing: thing.x if across > down else thing.y)
-        return Scene(background, tuple(things), relation="left of" if across > down else "above")
+        relation = "left of" if across > down else "above"
+        clear = max(across, down) >= max(_APART, _STRAIGHT * min(across, down))
+        return Scene(background, tuple(things), relation=relation if clear else UNCLEAR)
     return Scene(background, tuple(things))
 
 
@@ -62,9 +69,14 @@ class Agreement:
         return self.count and self.colour and self.shape
 
     @property
-    def all(self) -> bool:
-        """Colour, shape, and place or relation: what a prompt says of its things, but for their size."""
+    def placed(self) -> bool:
+        """The same, each where it was told to be."""
         return self.things and self.place is not False and self.relation is not False
+
+    @property
+    def all(self) -> bool:
+        """Everything that was told."""
+        return self.placed and self.size and self.background
 
 
 def compare(told: Scene, seen: Scene) -> Agreement:
@@ -112,8 +124,7 @@ def _border_colour(flat: Array) -> Array:
 
 def _regions(flat: Array, ground: Array) -> list[Array]:
     """A mask (S, S) for each thing: pixels that no shadow on the ground explains, touching and of one colour."""
-    depth = np.clip(flat @ ground / max(ground @ ground, 1.0), _DEEPEST_SHADOW, _BRIGHTEST)
-    covered = np.abs(flat - depth[..., None] * ground).max(axis=-1) > _COVERED
+    covered = np.abs(_unexplained(flat, ground)).max(axis=-1) > _COVERED
     smallest = _SMALLEST * covered.size
     palette = np.array(list(COLOURS.values()), np.float32)
     named = ((flat[:, :, None] - palette) ** 2).sum(axis=-1).argmin(axis=-1)
@@ -133,6 +144,27 @@ def _regions(flat: Array, ground: Array) -> list[Array]:
     return regions
 
 
+def _dirt(flat: Array, ground: Array, regions: list[Array]) -> list[Thing]:
+    """What else there is, too pale for a thing: each patch as something unclear."""
+    smooth = ndimage.uniform_filter(_unexplained(flat, ground), size=(3, 3, 0))
+    odd = np.abs(smooth).max(axis=-1) > _FAINT
+    if regions:
+        odd &= ~ndimage.binary_dilation(np.any(regions, axis=0), iterations=3)
+    labels, count = ndimage.label(odd)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    patches = np.flatnonzero(sizes >= _SMALLEST * odd.size) + 1
+    centres = ndimage.center_of_mass(odd, labels, patches) if len(patches) else []
+    pixels = len(flat)
+    return [Thing(UNCLEAR, UNCLEAR, UNCLEAR, x / pixels, y / pixels, 0.0) for y, x in centres]
+
+
+def _unexplained(flat: Array, ground: Array) -> Array:
+    """What of each pixel (S, S, 3) no shadow on the ground explains."""
+    depth = np.clip(flat @ ground / max(ground @ ground, 1.0), _DEEPEST_SHADOW, _BRIGHTEST)
+    rest: Array = flat - depth[..., None] * ground
+    return rest
+
+
 # -- one thing -----------------------------------------------------------------------------------------------
 
 
@@ -142,6 +174,8 @@ def _thing(flat: Array, ground: Array, region: Array) -> Thing:
     # How much of each pixel the thing covers: where it lies between the ground and the thing's colour.
     way = colour - ground
     cover = np.clip((flat - ground) @ way / max(way @ way, 1.0), 0, 1)
+    off = np.linalg.norm(flat - ground - cover[..., None] * way, axis=-1)
+    cover *= np.clip(2 - off / _MIXED, 0, 1)  # another colour inside the thing is a hole
     cover[~ndimage.binary_dilation(region)] = 0
     shape, x, y, radius = _fit(cover)
     size = "small" if radius < _MEDIUM_FROM else "medium" if radius < _LARGE_FROM else "large"
@@ -151,6 +185,8 @@ def _thing(flat: Array, ground: Array, region: Array) -> Thing:
 def _fit(cover: Array) -> tuple[str, float, float, float]:
     """The template that overlaps ``cover`` (S, S) best: its name, centre and radius, in fractions of the picture."""
     pixels = len(cover)
+    if not cover.any():
+        return UNCLEAR, 0.5, 0.5, 0.0
     rows, columns = (np.flatnonzero(cover.max(axis=axis) > 0.5 * cover.max()) for axis in (1, 0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     window = slice(max(top - 3, 0), bottom + 3), slice(max(left - 3, 0), right + 3)

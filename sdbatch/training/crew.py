@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sdbatch.errors import JobFailed, SdbatchError, UsageError
 from sdbatch.training.monitor import Progress
@@ -19,21 +21,33 @@ _DEATHS = 3  # workers that may die; each time all go on from the last checkpoin
 _SECONDS_BETWEEN_WORDS = 0.25
 
 
+def check_device(workers: int, device: str) -> None:
+    """Raise UsageError unless there is what every worker trains on; Ray must be running for more than one."""
+    if workers == 1:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device: there is no CUDA device here; train with device cpu")
+        return
+    import ray
+
+    kind = "GPU" if device == "cuda" else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
+    if there < workers:
+        raise UsageError(f"workers: {workers} workers need as many {kind}s, and Ray has {there}; use fewer workers")
+
+
 def together_with(workers: int, device: str, work: Path, task: Task, progress: Progress) -> None:
     """Run ``task`` in ``workers`` processes that torch.distributed joins; the leading one tells its progress.
 
     One worker is this process and needs no Ray. More are placed by Ray Train on the Ray that is running; on several
-    machines ``work`` has to be a folder that all of them share. Raises UsageError without a GPU for every worker.
+    machines ``work``, an absolute path, has to be a folder that all of them share.
     """
-    if device == "cuda" and workers == 1 and not torch.cuda.is_available():
-        raise UsageError("device: there is no CUDA device here; train with device cpu")
-    work.mkdir(parents=True, exist_ok=True)
-    if workers == 1:
-        if device == "cpu":
-            torch.set_num_threads(1)
-        task(progress)
-    else:
-        _under_ray(workers, device, work.absolute(), task, progress)
+    try:
+        if workers == 1:
+            task(progress)
+        else:
+            _under_ray(workers, device, work, task, progress)
+    except torch.OutOfMemoryError as error:
+        raise JobFailed(f"not enough memory on the GPU: {error}; use a smaller --batch and more --accumulate") from None
 
 
 def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Progress) -> None:
@@ -47,6 +61,7 @@ def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Prog
     def loop() -> None:
         if device == "cpu":
             torch.set_num_threads(1)  # threads that spin starve each other
+        _check_shared(work)
         told = 0.0
 
         def tell(*word: Any) -> None:
@@ -71,22 +86,40 @@ def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Prog
             worker_runtime_env=environment,  # type: ignore[call-arg]
         ),
     )
-    done = threading.Event()
+    failed: list[Exception] = []
 
-    def listen() -> None:
-        while not done.is_set() or not words.empty():
-            for word in words.get_nowait_batch(words.qsize()):
-                progress(*word)
-            time.sleep(_SECONDS_BETWEEN_WORDS)
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            failed.append(error)
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        trainer.fit()
-    except Exception as error:
-        causes = [cause for cause in getattr(error, "worker_failures", {}).values() if isinstance(cause, SdbatchError)]
-        raise causes[0] if causes else JobFailed(f"the training ended: {error}") from error
-    finally:
-        done.set()
-        listener.join()
-        words.shutdown()
+    # Signals reach the main thread, which is ours: in it Ray Train would take them for itself.
+    fitting = threading.Thread(target=fit, daemon=True)
+    fitting.start()
+    while fitting.is_alive() or not words.empty():
+        for word in words.get_nowait_batch(words.qsize()):
+            progress(*word)
+        time.sleep(_SECONDS_BETWEEN_WORDS)
+    words.shutdown()
+    if failed:
+        causes = getattr(failed[0], "worker_failures", {}).values()
+        raise next((cause for cause in causes if isinstance(cause, SdbatchError)), None) or JobFailed(
+            f"the training ended: {failed[0]}"
+        ) from failed[0]
+
+
+def _check_shared(work: Path) -> None:
+    """Raise UsageError where ``work`` is another folder to some workers than to the first."""
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token)
+    mark = work / f".{token[0]}"
+    if dist.get_rank() == 0:
+        mark.touch()
+    dist.barrier()
+    seen = mark.exists()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        mark.unlink()
+    if not seen:
+        raise UsageError(f"{work} is not one folder to all workers; train into a folder that all machines share")

@@ -16,7 +16,7 @@ from sdbatch.diffusion.pipeline import LatentDiffusion
 from sdbatch.diffusion.vae import VAE
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captions import caption
-from sdbatch.training.loop import draws, rank, store, together, workers
+from sdbatch.training.loop import draws, rank, share_of, store, together, workers
 from sdbatch.training.objective import Batch, Denoising
 from sdbatch.training.world import COLOURS, PLACES, SHAPES, Scene, Thing, draw, random_scene
 
@@ -54,10 +54,9 @@ def encode_scenes(
 
     Each worker encodes a share and keeps it in ``folder`` for all to read.
     """
-    share = -(-len(scenes) // workers())
     files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
     if not files[rank()].exists():
-        own = scenes[rank() * share : (rank() + 1) * share]
+        own = scenes[share_of(len(scenes))]
         latents, covers = [], []
         device = vae.post_quant_conv.weight.device
         for start in range(0, len(own), _BLOCK):

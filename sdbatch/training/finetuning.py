@@ -22,53 +22,68 @@ from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.errors import ModelError, UsageError
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captioned import CaptionedPicture, prepare, read_captioned
-from sdbatch.training.crew import together_with
+from sdbatch.training.crew import check_device, together_with
 from sdbatch.training.denoiser import train_denoiser
 from sdbatch.training.identity import claim
-from sdbatch.training.loop import rank, store, together, workers
+from sdbatch.training.loop import rank, share_of, store, together, workers
+from sdbatch.training.lora import FILE_NAME as LORA
 from sdbatch.training.lora import add_lora, save_lora
 from sdbatch.training.monitor import Monitor, Progress
 from sdbatch.training.objective import Batch, Objective
 from sdbatch.training.recipe import FineTuning
 
-_BLOCK = 8  # pictures encoded at once
+_BLOCK = 4  # pictures encoded at once
 _SAMPLES = 8  # on a sheet
 
 
 @dataclass(frozen=True)
 class CaptionedExamples:
-    """Mean and spread of the pictures' latents, each (N, C, h, w), and a caption each."""
+    """Mean and spread of the pictures' latents, each (N, C, h, w) on the CPU, and a caption each."""
 
     mean: Tensor
     spread: Tensor
     captions: Sequence[str]
     caption_dropout: float
+    device: str
 
     def batch(self, rng: np.random.Generator, count: int) -> Batch:
         chosen = rng.integers(len(self.captions), size=count)
         texts = ["" if rng.random() < self.caption_dropout else self.captions[i] for i in chosen]
         mean, spread = self.mean[chosen], self.spread[chosen]
-        noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32)).to(mean.device)
-        return Batch(mean + spread * noise, texts)
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
+        return Batch((mean + spread * noise).to(self.device), texts)
 
 
 def run(recipe: FineTuning, model: str, pictures: Path, work: Path, progress: Progress) -> Path:
-    """Fine-tune ``model`` after ``recipe``, resuming whatever ``work`` holds; returns where the result lies.
+    """Fine-tune ``model`` after ``recipe``, resuming whatever ``work`` holds; returns the LoRA's file or the model.
 
     Raises InputError for what is wrong with the pictures and ModelError or UsageError for what can't be trained, all
     before a weight is loaded.
     """
+    # Workers have folders of their own, where relative paths would lead elsewhere.
+    work, pictures, model = work.absolute(), pictures.absolute(), _absolute(model)
+    if work.is_relative_to(pictures):
+        raise UsageError(f"{work} lies within the pictures, and so would its samples; name another folder")
     examples = read_captioned(pictures)
     if len(examples) < recipe.workers:
         raise UsageError(f"{pictures} holds {len(examples)} pictures for {recipe.workers} workers; use fewer workers")
-    checkpoint = open_checkpoint(model)
+    checkpoint = _open(model, recipe)
+    check_device(recipe.workers, recipe.device)
     _check(checkpoint, recipe)
     settings = {name: value for name, value in asdict(recipe).items() if name != "sample_prompts"}
     claim(work / "state", {"model": checkpoint.fingerprint(), "pictures": _digest(examples), **settings})
     together_with(
         recipe.workers, recipe.device, work, lambda told: _train(recipe, model, examples, work, told), progress
     )
-    return work / ("model" if recipe.full else "lora")
+    return work / "model" if recipe.full else work / "lora" / LORA
+
+
+def _absolute(model: str) -> str:
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _open(model: str, recipe: FineTuning) -> Checkpoint:
+    return open_checkpoint(model, recipe.tokenizer, recipe.prediction_type)
 
 
 def _digest(pictures: Sequence[CaptionedPicture]) -> str:
@@ -89,7 +104,9 @@ def _check(checkpoint: Checkpoint, recipe: FineTuning) -> None:
 
 def _train(recipe: FineTuning, uri: str, pictures: Sequence[CaptionedPicture], work: Path, progress: Progress) -> None:
     state, monitor = work / "state", Monitor(work, progress)
-    model = LatentDiffusion.from_pretrained(uri, recipe.device)
+    model = LatentDiffusion.from_pretrained(
+        uri, recipe.device, tokenizer=recipe.tokenizer, prediction_type=recipe.prediction_type
+    )
     size = (recipe.resolution, recipe.resolution) if recipe.resolution else model.default_size
     mean, spread = _encode(model, pictures, size, state, monitor)
     captions = [picture.caption for picture in pictures]
@@ -97,11 +114,11 @@ def _train(recipe: FineTuning, uri: str, pictures: Sequence[CaptionedPicture], w
     prompts = recipe.sample_prompts or tuple(captions[:_SAMPLES])
 
     def look(step: int) -> None:
-        monitor.samples(model, prompts, step)
+        monitor.samples(model, prompts, step, batch=recipe.batch, size=size)
 
     train_denoiser(
         model,
-        CaptionedExamples(mean, spread, captions, recipe.caption_dropout),
+        CaptionedExamples(mean, spread, captions, recipe.caption_dropout, recipe.device),
         Objective(min_snr_gamma=recipe.min_snr_gamma),
         recipe.plan,
         state,
@@ -132,29 +149,36 @@ def _choose(model: LatentDiffusion, recipe: FineTuning) -> None:
         network.requires_grad_(False)
         if network is not model.unet and not recipe.text_encoder:
             continue
-        if not recipe.full:
+        if recipe.full:
+            network.requires_grad_(True)
+        else:
             add_lora(network, recipe.rank, generator=chance)
-            continue
-        network.requires_grad_(True)
+    if model.unet.config.added_dim:
+        # Of SDXL's first text encoder the states before the last layer are read and nothing after them.
+        for encoder in model.text_encoders[:-1]:
+            encoder.text_model.encoder.layers[-1].requires_grad_(False)
+            encoder.text_model.final_layer_norm.requires_grad_(False)
 
 
 @torch.no_grad()
 def _encode(
     model: LatentDiffusion, pictures: Sequence[CaptionedPicture], size: tuple[int, int], folder: Path, monitor: Monitor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the scaled latents of all pictures; each worker encodes a share and keeps it in ``folder``."""
-    share = -(-len(pictures) // workers())
+    """Mean and spread of the scaled latents of all pictures, on the CPU, where there is room for many.
+
+    Each worker encodes a share and keeps it in ``folder``.
+    """
     files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
     if not files[rank()].exists():
-        own = pictures[rank() * share : (rank() + 1) * share]
+        own = pictures[share_of(len(pictures))]
         means, spreads = [], []
         for start in range(0, len(own), _BLOCK):
             block = np.stack([prepare(picture, *size) for picture in own[start : start + _BLOCK]])
             mean, log_variance = model.vae.encode(as_tensor(block).to(model.device))
-            means.append(model.vae.config.scaling_factor * mean)
-            spreads.append(model.vae.config.scaling_factor * (0.5 * log_variance).exp())
+            means.append((model.vae.config.scaling_factor * mean).cpu())
+            spreads.append((model.vae.config.scaling_factor * (0.5 * log_variance).exp()).cpu())
             monitor.told("latents", min(start + _BLOCK, len(own)), len(own))
         store(files[rank()], {"mean": torch.cat(means), "spread": torch.cat(spreads)})
     together()
-    parts = [safetensors.torch.load_file(path, device=str(model.device)) for path in files]
+    parts = [safetensors.torch.load_file(path) for path in files]
     return torch.cat([part["mean"] for part in parts]), torch.cat([part["spread"] for part in parts])

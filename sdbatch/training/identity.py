@@ -11,13 +11,13 @@ from sdbatch.errors import UsageError
 
 
 def claim(folder: Path, made_from: Mapping[str, Any]) -> None:
-    """Write down in ``folder`` what the training is made from, or check that it is what stands there.
+    """Write down in ``folder`` what the training is made from; where there is state already, check that it is the same.
 
     Raises UsageError naming what differs.
     """
     path = folder / "training.json"
     now = json.loads(json.dumps(made_from))
-    if not path.is_file():
+    if not path.is_file() or not list(folder.glob("*.safetensors")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return

@@ -46,10 +46,23 @@ class Monitor:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
-    def samples(self, model: LatentDiffusion, prompts: Sequence[str], step: int) -> None:
-        """Draw the prompts, always from the same seeds, as a sheet."""
-        pictures = model.generate(prompts, seeds=range(len(prompts)), sampler="dpmpp_2m")
-        sheet = contact_sheet(pictures)
+    def samples(
+        self,
+        model: LatentDiffusion,
+        prompts: Sequence[str],
+        step: int,
+        *,
+        batch: int,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Draw the prompts, always from the same seeds, ``batch`` at once, as a sheet."""
+        width, height = size or model.default_size
+        parts = [
+            model.generate(part, seeds=range(start, start + len(part)), width=width, height=height, sampler="dpmpp_2m")
+            for start in range(0, len(prompts), batch)
+            if (part := prompts[start : start + batch])
+        ]
+        sheet = contact_sheet(np.concatenate(parts))
         path = self._folder / "samples" / f"{step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet).save(path)

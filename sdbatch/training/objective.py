@@ -25,7 +25,10 @@ class Denoising(nn.Module):
         self._size = size  # of the pictures in pixels, which SDXL is told
 
     def forward(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-        conditioning = self._model[0].condition(prompts, size=self._size)
+        model = self._model[0]
+        conditioning = model.condition(prompts, size=self._size)
+        if model.checkpoint.zero_empty_prompt:  # what guidance will be given for a dropped caption
+            conditioning = conditioning.blanked(torch.tensor([prompt != "" for prompt in prompts], device=z.device))
         return self.unet(z, timesteps, conditioning.states, conditioning.added)
 
 

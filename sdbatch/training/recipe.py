@@ -31,7 +31,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run of the trainer: the VAE, a first CLIP, then text encoder and U-Net together, then the CLIP to its end."""
+    """A run of the trainer: the VAE, the CLIP, then text encoder and U-Net together."""
 
     seed: int = 0
     workers: int = 2  # gradients are averaged over them; on the CPU each has one thread
@@ -88,10 +88,12 @@ class FineTuning:
     batch: int = 4  # a worker
     accumulate: int = 1  # batches a step
     learning_rate: float | None = None  # None: 1e-4 for a LoRA, 1e-5 for all weights
-    warmup: int = 50
+    warmup: int = 50  # a tenth of the steps at most
     caption_dropout: float = 0.1
     min_snr_gamma: float | None = 5.0
     resolution: int | None = None  # pixels, each way; None: the model's own
+    tokenizer: str | None = None  # for single files, which bring none
+    prediction_type: str | None = None  # where the checkpoint can't tell
     sample_prompts: tuple[str, ...] = ()  # drawn now and then; none: the first captions
     seed: int = 0
     workers: int = 1
@@ -101,7 +103,7 @@ class FineTuning:
 
     @property
     def plan(self) -> Plan:
-        rate = self.learning_rate or (1e-5 if self.full else 1e-4)
-        return Plan(
-            "denoiser", self.steps, rate, self.warmup, self.seed, self.checkpoint_every, accumulate=self.accumulate
-        )
+        usual = 1e-5 if self.full else 1e-4
+        rate = usual if self.learning_rate is None else self.learning_rate
+        warmup = min(self.warmup, self.steps // 10)
+        return Plan("denoiser", self.steps, rate, warmup, self.seed, self.checkpoint_every, accumulate=self.accumulate)

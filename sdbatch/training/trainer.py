@@ -9,10 +9,12 @@ WORK/scorer/               its CLIP, in transformers' layout, float16
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdbatch.diffusion.checkpoint import Checkpoint, unstored
 from sdbatch.diffusion.pipeline import LatentDiffusion
@@ -22,7 +24,7 @@ from sdbatch.diffusion.vae import VAE
 from sdbatch.training.architecture import MAX_TOKENS, SCHEDULE, UNET_CONFIG, VAE_CONFIG, start_gently, text_config
 from sdbatch.training.autoencoder import normalise_latents, train_vae
 from sdbatch.training.captions import caption, vocabulary
-from sdbatch.training.crew import together_with
+from sdbatch.training.crew import check_device, together_with
 from sdbatch.training.denoiser import train_denoiser
 from sdbatch.training.drawn import DrawnExamples, encode_scenes, training_scenes, word_swap
 from sdbatch.training.identity import claim
@@ -43,8 +45,16 @@ def run(recipe: Recipe, work: Path, progress: Progress) -> None:
 
     Raises UsageError where ``work`` holds the training of another recipe.
     """
+    work = work.absolute()  # workers have folders of their own
+    check_device(recipe.workers, recipe.device)
     claim(work / "state", asdict(recipe))
-    together_with(recipe.workers, recipe.device, work, lambda told: _train(recipe, work, told), progress)
+
+    def task(told: Progress) -> None:
+        # On the CPU, for so few tokens, a third faster than the fused kernel.
+        with sdpa_kernel(SDPBackend.MATH) if recipe.device == "cpu" else nullcontext():
+            _train(recipe, work, told)
+
+    together_with(recipe.workers, recipe.device, work, task, progress)
 
 
 def _train(recipe: Recipe, work: Path, progress: Progress) -> None:
@@ -87,7 +97,7 @@ def _train(recipe: Recipe, work: Path, progress: Progress) -> None:
         if step % (_LOOK_EVERY * recipe.checkpoint_every) == 0 or step == recipe.steps:
             swaps = word_swap(model, examples)
             monitor.numbers("word swap", swaps, step)
-            monitor.samples(model, prompts, step)
+            monitor.samples(model, prompts, step, batch=_SAMPLES)
             told = ", ".join(f"{word} +{growth:.0f} %" for word, growth in swaps.items())
             monitor.told("denoiser", step, recipe.steps, f"swapped words raise the loss at t = 999: {told}")
 

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from sdbatch.diffusion import LatentDiffusion, Lora
-from sdbatch.errors import InputError, UsageError
+from sdbatch.errors import InputError, JobFailed, UsageError
 from sdbatch.training import FineTuning, finetuning
 from sdbatch.training.captions import caption
 from sdbatch.training.loop import draws
+from sdbatch.training.objective import Denoising
 from sdbatch.training.world import draw, random_scene
+from tests.diffusion import tiny_models
 
 QUICK = FineTuning(rank=4, steps=4, batch=2, warmup=1, checkpoint_every=2, learning_rate=1e-2)
 PROMPTS = ["a red circle on a white background", "a blue star above a green ring"]
@@ -62,11 +64,10 @@ def test_a_lora_changes_pictures_and_resumes_to_the_same_file(
     with pytest.raises(Stopped):
         finetuning.run(recipe, "builtin:shapes", pictures, tmp_path / "parts", stop)
     again = finetuning.run(recipe, "builtin:shapes", pictures, tmp_path / "parts", silent)
-    assert digests(again) == digests(lora)
+    assert digests(again.parent) == digests(lora.parent)
     assert (tmp_path / "whole/samples/0000004.png").is_file()
 
-    path = lora / "pytorch_lora_weights.safetensors"
-    tuned = LatentDiffusion.from_pretrained("builtin:shapes", adaptations=[Lora(path, 1.0)])
+    tuned = LatentDiffusion.from_pretrained("builtin:shapes", adaptations=[Lora(lora, 1.0)])
     assert not np.array_equal(made(tuned), made(LatentDiffusion.from_pretrained("builtin:shapes")))
 
 
@@ -75,14 +76,12 @@ def test_diffusers_loads_the_lora_and_draws_the_same(pictures: Path, tmp_path: P
 
     recipe = FineTuning(**{**vars(QUICK), "text_encoder": True})
     lora = finetuning.run(recipe, "builtin:shapes", pictures, tmp_path, silent)
-    ours = LatentDiffusion.from_pretrained(
-        "builtin:shapes", adaptations=[Lora(lora / "pytorch_lora_weights.safetensors", 1.0)]
-    )
+    ours = LatentDiffusion.from_pretrained("builtin:shapes", adaptations=[Lora(lora, 1.0)])
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(
         ours.checkpoint.path, safety_checker=None, requires_safety_checker=False
     )
     theirs.set_progress_bar_config(disable=True)
-    theirs.load_lora_weights(lora)
+    theirs.load_lora_weights(lora.parent)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     expected = theirs(PROMPTS, num_inference_steps=4, guidance_scale=5.0, generator=generators, output_type="np").images
     error = np.mean((made(ours) / 255 - expected) ** 2)
@@ -96,6 +95,30 @@ def test_a_whole_model_learns_and_loads(pictures: Path, tmp_path: Path) -> None:
     tuned = LatentDiffusion.from_pretrained(folder)
     assert not np.array_equal(made(tuned), made(LatentDiffusion.from_pretrained("builtin:shapes")))
     assert digests(LatentDiffusion.from_pretrained("builtin:shapes").checkpoint.path) == before
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sdxl_learns_with_both_its_text_encoders(full: bool, pictures: Path, tmp_path: Path) -> None:
+    model = tiny_models.save(tiny_models.sdxl(), tmp_path / "sdxl")
+    recipe = FineTuning(**{**vars(QUICK), "full": full, "text_encoder": True, "resolution": 64, "learning_rate": 1e-3})
+    result = finetuning.run(recipe, str(model), pictures, tmp_path / "out", silent)
+    adaptations = [] if full else [Lora(result, 1.0)]
+    before = LatentDiffusion.from_pretrained(model)
+    after = LatentDiffusion.from_pretrained(result if full else model, adaptations=adaptations)
+    for old, new in zip(before.text_encoders, after.text_encoders, strict=True):
+        assert any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+
+
+def test_dropped_captions_are_to_sdxl_what_guidance_gives_it(tmp_path: Path) -> None:
+    model = LatentDiffusion.from_pretrained(tiny_models.save(tiny_models.sdxl(), tmp_path))
+    assert model.checkpoint.zero_empty_prompt
+    seen = []
+    model.unet.register_forward_pre_hook(lambda module, given: seen.append(given[2:]))
+    Denoising(model)(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), ["", "a cat"])
+    states, added = seen[0]
+    assert not states[0].any()
+    assert not added.pooled[0].any()
+    assert states[1].any()
 
 
 def test_state_of_other_pictures_or_settings_is_not_taken_up(pictures: Path, tmp_path: Path) -> None:
@@ -118,4 +141,13 @@ def test_mistakes_are_told_before_anything_is_loaded(pictures: Path, tmp_path: P
         finetuning.run(FineTuning(workers=7), "builtin:shapes", pictures, tmp_path, silent)
     with pytest.raises(InputError, match="no-such"):
         finetuning.run(FineTuning(), "builtin:shapes", tmp_path / "no-such", tmp_path, silent)
+    with pytest.raises(UsageError, match="lies within the pictures"):
+        finetuning.run(FineTuning(), "builtin:shapes", pictures, pictures / "out", silent)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(pictures: Path, tmp_path: Path) -> None:
+    recipe = FineTuning(**{**vars(QUICK), "learning_rate": 1e30})
+    with pytest.raises(JobFailed, match="gradient of step 2 is not finite"):
+        finetuning.run(recipe, "builtin:shapes", pictures, tmp_path, silent)
+    assert not (tmp_path / "lora").exists()

@@ -85,7 +85,9 @@ def test_a_training_leaves_a_model_a_scorer_samples_and_curves(whole: Path) -> N
     assert curves.Tags()["images"] == ["samples"]
 
 
-def test_workers_under_ray_train_one_model_also_when_one_dies(ray_here: None, tmp_path: Path) -> None:
+def test_workers_under_ray_train_one_model_also_when_one_dies(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = dataclasses.replace(TINY, workers=2, vae_steps=1, clip_steps=1, steps=6, checkpoint_every=1)
     told: list[str] = []
     trainer.run(recipe, tmp_path / "whole", lambda stage, done, total, text: told.append(stage))
@@ -101,7 +103,8 @@ def test_workers_under_ray_train_one_model_also_when_one_dies(ray_here: None, tm
             worker.kill()
             killed.append(worker)
 
-    trainer.run(recipe, tmp_path / "killed", kill)
+    monkeypatch.chdir(tmp_path)
+    trainer.run(recipe, Path("killed"), kill)
     assert killed
     assert digest(tmp_path / "killed/model") == digest(tmp_path / "whole/model")
 
