@@ -48,16 +48,16 @@ def run(recipe: Recipe, work: Path, progress: Progress) -> None:
     work = work.absolute()  # workers have folders of their own
     check_device(recipe.workers, recipe.device)
     claim(work / "state", asdict(recipe))
-
-    def task(told: Progress) -> None:
-        # On the CPU, for so few tokens, a third faster than the fused kernel.
-        with sdpa_kernel(SDPBackend.MATH) if recipe.device == "cpu" else nullcontext():
-            _train(recipe, work, told)
-
-    together_with(recipe.workers, recipe.device, work, task, progress)
+    together_with(recipe.workers, recipe.device, work, lambda told: _train(recipe, work, told), progress)
 
 
 def _train(recipe: Recipe, work: Path, progress: Progress) -> None:
+    # On the CPU, for so few tokens, a third faster than the fused kernel.
+    with sdpa_kernel(SDPBackend.MATH) if recipe.device == "cpu" else nullcontext():
+        _all_stages(recipe, work, progress)
+
+
+def _all_stages(recipe: Recipe, work: Path, progress: Progress) -> None:
     state, monitor = work / "state", Monitor(work, progress)
     tokenizer = learn_tokenizer(vocabulary(), MAX_TOKENS)
 

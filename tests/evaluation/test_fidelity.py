@@ -64,7 +64,7 @@ def test_what_is_right_is_counted_by_attribute() -> None:
     assert (cell.name, cell.n) == ("one-seen", 20)
     assert set(cell.rates) == set(ATTRIBUTES) - {"relation"}
     wrong = {name for name, rate in cell.rates.items() if rate.right < rate.n}
-    assert wrong == {"colour", "things", "all"}
+    assert wrong == {"colour", "things", "placed", "all"}
     assert (cell.rates["all"].right, cell.rates["all"].n) == (18, 20)
     assert cell.shifted is not None
     assert cell.shifted.right <= 1

@@ -29,12 +29,12 @@ def model() -> LatentDiffusion:
 def test_pictures_show_what_prompts_say(cell: str, model: LatentDiffusion) -> None:
     things, novel = CELLS[cell]
     rng = draws(11, cell)
-    scenes = [random_scene(rng, things, novel=novel) for _ in range(24)]
+    scenes = [random_scene(rng, things, novel=novel) for _ in range(16)]
     prompts = [caption(scene, rng, complete=True) for scene in scenes]
-    pictures = model.generate(prompts, seeds=range(24), num_inference_steps=12, sampler="dpmpp_2m")
+    pictures = model.generate(prompts, seeds=range(16), guidance_scale=3.0, sampler="dpmpp_2m")
     agreements = [compare(scene, read(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
     assert np.mean([agreement.background for agreement in agreements]) > 0.9
-    assert np.mean([agreement.all for agreement in agreements]) > 0.75
+    assert np.mean([agreement.all for agreement in agreements]) > 0.8
 
 
 def test_the_vae_carries_pictures_that_it_never_saw(model: LatentDiffusion) -> None:
