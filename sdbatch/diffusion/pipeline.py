@@ -83,7 +83,7 @@ class LatentDiffusion:
         with learnt words, which this layout keeps in files of their own."""
         self._refuse_learnt_words()
         diffusers_folder.write_configs(Path(folder), self.checkpoint)
-        for name, module in self._networks().items():
+        for name, module in self.networks().items():
             path = Path(folder) / name / f"{diffusers_folder.weights_name(name)}.safetensors"
             write(path, module.state_dict(), DTYPES[dtype])
 
@@ -91,7 +91,7 @@ class LatentDiffusion:
         """Write the model as one original-layout .safetensors file. Raises ModelError for other families, and
         for a model with learnt words, which such files have no place for."""
         self._refuse_learnt_words()
-        states = {name: module.state_dict() for name, module in self._networks().items()}
+        states = {name: module.state_dict() for name, module in self.networks().items()}
         write_single_file(Path(path), self.checkpoint, states, DTYPES[dtype])
 
     def _refuse_learnt_words(self) -> None:
@@ -99,7 +99,8 @@ class LatentDiffusion:
             if encoder.text_model.embeddings.token_embedding.num_embeddings != encoder.config.vocab_size:
                 raise ModelError("a model with textual inversions can't be saved: they stay files of their own")
 
-    def _networks(self) -> dict[str, torch.nn.Module]:
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """All networks by the names of their folders in the diffusers layout."""
         names = [encoder.name for encoder in self.checkpoint.text_encoders]
         return {"unet": self.unet, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
 

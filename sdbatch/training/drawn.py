@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from sdbatch.diffusion.pipeline import LatentDiffusion
 from sdbatch.diffusion.vae import VAE
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captions import caption
-from sdbatch.training.loop import draws, rank, share_of, store, together, workers
+from sdbatch.training.loop import draws, in_shares
 from sdbatch.training.objective import Batch, Denoising
 from sdbatch.training.world import COLOURS, PLACES, SHAPES, Scene, Thing, draw, random_scene
 
@@ -50,15 +49,11 @@ def training_scenes(seed: int, count: int) -> list[Scene]:
 def encode_scenes(
     vae: VAE, scenes: list[Scene], folder: Path, report: Callable[[int, int], None]
 ) -> tuple[Tensor, Tensor]:
-    """The VAE's mean latents of drawn scenes and the scenes' covers at latent resolution, on the VAE's device.
+    """The VAE's mean latents of drawn scenes and the scenes' covers at latent resolution, on the VAE's device."""
+    device = vae.post_quant_conv.weight.device
 
-    Each worker encodes a share and keeps it in ``folder`` for all to read.
-    """
-    files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
-    if not files[rank()].exists():
-        own = scenes[share_of(len(scenes))]
-        latents, covers = [], []
-        device = vae.post_quant_conv.weight.device
+    def encode(share: slice) -> dict[str, Tensor]:
+        own, latents, covers = scenes[share], [], []
         for start in range(0, len(own), _BLOCK):
             drawn = [draw(scene) for scene in own[start : start + _BLOCK]]
             images = as_tensor(np.stack([picture for picture, _ in drawn]))
@@ -66,10 +61,10 @@ def encode_scenes(
             cover = torch.from_numpy(np.stack([cover for _, cover in drawn]))[:, None]
             covers.append(F.avg_pool2d(cover, vae.config.downscale))
             report(min(start + _BLOCK, len(own)), len(own))
-        store(files[rank()], {"latents": torch.cat(latents), "covers": torch.cat(covers)})
-    together()
-    parts = [safetensors.torch.load_file(path, device=str(vae.post_quant_conv.weight.device)) for path in files]
-    return torch.cat([part["latents"] for part in parts]), torch.cat([part["covers"] for part in parts])
+        return {"latents": torch.cat(latents), "covers": torch.cat(covers)}
+
+    found = in_shares(folder, len(scenes), encode)
+    return found["latents"].to(device), found["covers"].to(device)
 
 
 @torch.no_grad()

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.diffusion.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ from sdbatch.training.captioned import CaptionedPicture, prepare, read_captioned
 from sdbatch.training.crew import check_device, together_with
 from sdbatch.training.denoiser import train_denoiser
 from sdbatch.training.identity import claim
-from sdbatch.training.loop import rank, share_of, store, together, workers
+from sdbatch.training.loop import in_shares, rank
 from sdbatch.training.lora import FILE_NAME as LORA
 from sdbatch.training.lora import add_lora, save_lora
 from sdbatch.training.monitor import Monitor, Progress
@@ -132,23 +131,16 @@ def _train(recipe: FineTuning, uri: str, pictures: Sequence[CaptionedPicture], w
         if recipe.full:
             model.save_pretrained(work / "model", dtype="float16")
         else:
-            save_lora(work / "lora", _networks(model))
+            save_lora(work / "lora", model.networks())
     monitor.close()
-
-
-def _networks(model: LatentDiffusion) -> dict[str, nn.Module]:
-    names = [encoder.name for encoder in model.checkpoint.text_encoders]
-    return {"unet": model.unet, **dict(zip(names, model.text_encoders, strict=True))}
 
 
 def _choose(model: LatentDiffusion, recipe: FineTuning) -> None:
     """Leave only that with gradients which is to learn."""
     chance = torch.Generator().manual_seed(recipe.seed)
-    model.vae.requires_grad_(False)
-    for network in _networks(model).values():
+    for network in model.networks().values():
         network.requires_grad_(False)
-        if network is not model.unet and not recipe.text_encoder:
-            continue
+    for network in [model.unet, *(model.text_encoders if recipe.text_encoder else [])]:
         if recipe.full:
             network.requires_grad_(True)
         else:
@@ -164,21 +156,18 @@ def _choose(model: LatentDiffusion, recipe: FineTuning) -> None:
 def _encode(
     model: LatentDiffusion, pictures: Sequence[CaptionedPicture], size: tuple[int, int], folder: Path, monitor: Monitor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the scaled latents of all pictures, on the CPU, where there is room for many.
+    """Mean and spread of the scaled latents of all pictures, on the CPU, where there is room for many."""
+    scale = model.vae.config.scaling_factor
 
-    Each worker encodes a share and keeps it in ``folder``.
-    """
-    files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
-    if not files[rank()].exists():
-        own = pictures[share_of(len(pictures))]
-        means, spreads = [], []
+    def encode(share: slice) -> dict[str, Tensor]:
+        own, means, spreads = pictures[share], [], []
         for start in range(0, len(own), _BLOCK):
             block = np.stack([prepare(picture, *size) for picture in own[start : start + _BLOCK]])
             mean, log_variance = model.vae.encode(as_tensor(block).to(model.device))
-            means.append((model.vae.config.scaling_factor * mean).cpu())
-            spreads.append((model.vae.config.scaling_factor * (0.5 * log_variance).exp()).cpu())
+            means.append((scale * mean).cpu())
+            spreads.append((scale * (0.5 * log_variance).exp()).cpu())
             monitor.told("latents", min(start + _BLOCK, len(own)), len(own))
-        store(files[rank()], {"mean": torch.cat(means), "spread": torch.cat(spreads)})
-    together()
-    parts = [safetensors.torch.load_file(path) for path in files]
-    return torch.cat([part["mean"] for part in parts]), torch.cat([part["spread"] for part in parts])
+        return {"mean": torch.cat(means), "spread": torch.cat(spreads)}
+
+    found = in_shares(folder, len(pictures), encode)
+    return found["mean"], found["spread"]

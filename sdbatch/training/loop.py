@@ -58,15 +58,19 @@ def workers() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share_of(count: int) -> slice:
-    """This worker's part of ``count`` things: none is empty while there are as many things as workers."""
-    return slice(count * rank() // workers(), count * (rank() + 1) // workers())
+def in_shares(folder: Path, count: int, make: Callable[[slice], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gives for ``count`` things, each worker making a share and keeping it in ``folder`` for all.
 
-
-def together() -> None:
-    """Wait until every worker is here."""
+    No share is empty while there are as many things as workers. The tensors are on the CPU, joined along their first
+    dimension.
+    """
+    files = [folder / f"latents-{number + 1}-of-{workers()}.safetensors" for number in range(workers())]
+    if not files[rank()].exists():
+        store(files[rank()], make(slice(count * rank() // workers(), count * (rank() + 1) // workers())))
     if dist.is_initialized():
         dist.barrier()
+    parts = [safetensors.torch.load_file(path) for path in files]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def parallel(module: nn.Module) -> nn.Module:
