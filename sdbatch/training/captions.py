@@ -83,8 +83,12 @@ def vocabulary() -> Iterator[str]:
 
 
 def mistakes(scene: Scene) -> list[Scene]:
-    """Every scene that a caption with one wrong word would describe; for pairs also those with colours or shapes
-    exchanged. What the picture shows has not changed, only what is said of it."""
+    """Scenes that a caption with one wrong word would describe; for pairs also those with colours or shapes
+    exchanged. What the picture shows has not changed, only what is said of it.
+
+    Nothing is said of a scene seen in training that would be true of one held out: its words would be learnt as
+    always wrong. Of a held-out scene every mistake is made.
+    """
     wrong = [replace(scene, background=name) for name in BACKGROUNDS if name != scene.background]
     if scene.place is not None:
         wrong += [replace(scene, place=name) for name in PLACES if name != scene.place]
@@ -102,7 +106,7 @@ def mistakes(scene: Scene) -> list[Scene]:
             wrong.append(replace(scene, things=(replace(a, colour=b.colour), replace(b, colour=a.colour))))
         if a.shape != b.shape:
             wrong.append(replace(scene, things=(replace(a, shape=b.shape), replace(b, shape=a.shape))))
-    return wrong
+    return [other for other in wrong if scene.novel or not other.novel]
 
 
 def _noun(thing: Thing, rng: np.random.Generator, size_chance: float, complete: bool) -> str:

@@ -45,12 +45,12 @@ class Recipe:
     vae_batch: int = 16  # a worker
     vae_learning_rate: float = 2e-3
 
-    clip_steps: int = 1_500
+    clip_steps: int = 2_500
     clip_batch: int = 64  # a worker
     clip_learning_rate: float = 1e-3
 
     pictures: int = 60_000  # in the denoiser's training set; captions are said anew at each visit
-    steps: int = 12_000
+    steps: int = 9_000
     batch: int = 32  # a worker
     learning_rate: float = 1.2e-3
     caption_dropout: float = 0.1

@@ -74,6 +74,11 @@ class Scene:
     relation: str | None = None
 
     @property
+    def ordered(self) -> tuple[Thing, ...]:
+        """The things from left to right or from top to bottom, however their relation is told."""
+        return self.things if self.relation in {None, "above", "left of"} else self.things[::-1]
+
+    @property
     def novel(self) -> bool:
         """Does it show what training never shows: a held-out colour of a shape, or a held-out relation of shapes?
 
@@ -84,8 +89,7 @@ class Scene:
             return True
         if self.relation is None:
             return False
-        ordered = self.things if self.relation in {"above", "left of"} else self.things[::-1]
-        first, second = (_index(SHAPES, thing.shape) for thing in ordered)
+        first, second = (_index(SHAPES, thing.shape) for thing in self.ordered)
         return (first + 3 * second + 4 * (self.relation in {"above", "below"})) % 8 == 5
 
 

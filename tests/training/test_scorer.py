@@ -15,7 +15,7 @@ from sdbatch.training.architecture import MAX_TOKENS
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captions import vocabulary
 from sdbatch.training.loop import draws
-from sdbatch.training.scorer import Matching, new_clip, ranks_first, right_and_wrong
+from sdbatch.training.scorer import Matching, answers, new_clip, ranks_first, right_and_wrong
 from sdbatch.training.tokens import learn_tokenizer
 from sdbatch.training.world import draw, random_scene
 
@@ -42,11 +42,12 @@ def test_matching_is_learnt(clip: CLIP) -> None:
     told = [right_and_wrong(scene, rng, 2, complete=True) for scene in scenes]
     right, wrong = [texts[0] for texts in told], [text for texts in told for text in texts[1:]]
     ids = [torch.tensor(clip.tokenizer(texts)) for texts in (right, wrong)]
+    truth = torch.tensor([answers(scene) for scene in scenes])
     matching = Matching(clip)
     optimizer = torch.optim.AdamW(matching.parameters(), lr=1e-3)
     losses = []
     for _ in range(30):
-        loss = matching(pixels, *ids)
+        loss = matching(pixels, *ids, truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

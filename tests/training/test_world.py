@@ -49,7 +49,9 @@ def test_complete_captions_of_different_scenes_differ() -> None:
 
 def test_mistakes_change_one_thing_that_is_told() -> None:
     lone = random_scene(draws(0, "m"), 1)
-    assert len(mistakes(lone)) == 5 + 8 + 7 + 7 + 2  # backgrounds, places, colours, shapes, sizes
+    # Backgrounds, places, colours, shapes, sizes; the one colour and the one shape that would be held out are left out.
+    assert len(mistakes(lone)) == 5 + 8 + 6 + 6 + 2
+    assert not any(other.novel for number in range(50) for other in mistakes(random_scene(draws(number, "m"))))
     pair = Scene("white", (thing("star", "red"), thing("ring", "blue")), relation="above")
     swapped = mistakes(pair)[-2]
     assert [(one.shape, one.colour) for one in swapped.things] == [("star", "blue"), ("ring", "red")]
