@@ -121,7 +121,7 @@ class Generator:
             self._made += shard.count
             return Receipt(shard.number, record.committed, record.quarantined, 0, 0)
         requests = self._requests(shard)
-        kept = self._committer.writer.kept(shard.number)
+        kept = self._committer.writer.kept(shard.stem)
         size = self.spec.resources.batch_size
         finishing: list[Future[list[_Ended]]] = []
         batches, model_seconds = 0, 0.0
@@ -265,7 +265,7 @@ class Generator:
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
                 row = metadata_row(self.job, shard.number, request, error=told)
             rows.append(row)
-        kept = self._committer.writer.keep(shard.number, pictures, last=last)
+        kept = self._committer.writer.keep(shard.stem, pictures, last=last)
         by_position = {picture.position: picture for picture in kept}
         return [_Ended(row, by_position.get(position)) for position, row in enumerate(rows, first)]
 

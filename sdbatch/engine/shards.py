@@ -70,11 +70,11 @@ class ShardCommitter:
         if record is not None:
             return record
         try:
-            metadata = self._store.get(metadata_key(shard.number))
+            metadata = self._store.get(metadata_key(shard.stem))
         except ObjectNotFound:
             return None
         record = self._put_record(shard, metadata, {}, uuid.uuid4().hex)
-        self.writer.forget(shard.number)
+        self.writer.forget(shard.stem)
         return record
 
     def commit(
@@ -86,7 +86,7 @@ class ShardCommitter:
         writer: str,
     ) -> CommitRecord:
         """End the shard; ``rows`` has one entry a position, ``pictures`` those that were made and kept."""
-        finished = self.writer.finish(shard.number, pictures) if pictures else []
+        finished = self.writer.finish(shard.stem, pictures) if pictures else []
         stored = {picture.position: picture for picture in finished}
         final = []
         for position, row in enumerate(rows):
@@ -96,19 +96,19 @@ class ShardCommitter:
             elif row["status"] == "committed":
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
             final.append(row)
-        key = metadata_key(shard.number)
+        key = metadata_key(shard.stem)
         metadata = encode_metadata(final, self._kept)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
         record = self._put_record(shard, metadata, seconds, writer)
-        self.writer.forget(shard.number)
+        self.writer.forget(shard.stem)
         return record
 
     def _put_record(self, shard: Shard, metadata: bytes, seconds: dict[str, float], writer: str) -> CommitRecord:
         rows = decode_metadata(metadata)
         if len(rows) != shard.count:
             raise StorageError(
-                f"{self._store.uri}/{metadata_key(shard.number)} has {len(rows)} rows, not {shard.count}"
+                f"{self._store.uri}/{metadata_key(shard.stem)} has {len(rows)} rows, not {shard.count}"
             )
         failures = [
             {"image_id": row["image_id"], "error": row["error"]} for row in rows if row["status"] == "quarantined"
@@ -120,7 +120,7 @@ class ShardCommitter:
             committed=len(rows) - len(failures),
             quarantined=len(failures),
             bytes=sum(row["bytes"] or 0 for row in rows),
-            metadata_key=metadata_key(shard.number),
+            metadata_key=metadata_key(shard.stem),
             metadata_sha256=hashlib.sha256(metadata).hexdigest(),
             failures=failures,
             seconds={name: round(value, 4) for name, value in seconds.items()},

@@ -30,7 +30,10 @@ JOB_KEY = "_sdbatch/job.yaml"
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a shard's requests lie in the plan. ``shape`` is False for requests that can't be made."""
+    """Where a shard's requests lie in the plan. ``makeable`` is False for requests that can't be made.
+
+    What is made again of a committed shard is a new ``edition`` of it, stored beside the one before.
+    """
 
     number: int
     slice: int
@@ -45,6 +48,16 @@ class Shard:
     chunks: int
     strength: float | None
     masked: bool
+    edition: int = 1
+
+    @property
+    def stem(self) -> str:
+        """What the keys of its objects have in common."""
+        return shard_stem(self.number, self.edition)
+
+
+def shard_stem(number: int, edition: int = 1) -> str:
+    return f"{number:07d}" if edition == 1 else f"{number:07d}r{edition}"
 
 
 _SHARD_SCHEMA = pa.schema(

@@ -50,8 +50,8 @@ def description_fields(row: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
     return [(name, ours.get(name, pa.string())) for name in description(row)]
 
 
-def metadata_key(shard: int) -> str:
-    return f"metadata/{shard:07d}.parquet"
+def metadata_key(stem: str) -> str:
+    return f"metadata/{stem}.parquet"
 
 
 def encode_metadata(rows: Iterable[Mapping[str, Any]], kept: Sequence[str]) -> bytes:

@@ -63,79 +63,79 @@ class ShardWriter(ABC):
         self.ending = ending
 
     @abstractmethod
-    def kept(self, shard: int) -> dict[int, bytes]:
+    def kept(self, stem: str) -> dict[int, bytes]:
         """Position → bytes of the pictures of an unfinished shard that outlived their maker."""
 
     @abstractmethod
-    def keep(self, shard: int, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
+    def keep(self, stem: str, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
         """Make a batch's pictures outlive this process; ``last`` if the shard is finished right after.
 
         Returns them as they are stored, which is not as given if another writer was first.
         """
 
     @abstractmethod
-    def finish(self, shard: int, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
         """Store the whole shard, whose batches were all kept; returns what the store holds for it then."""
 
     @abstractmethod
-    def forget(self, shard: int) -> None:
+    def forget(self, stem: str) -> None:
         """Remove what only an unfinished shard needs."""
 
 
 class ImageFiles(ShardWriter):
     """One object a picture: ``data/SHARD/POSITION-ID.png``."""
 
-    def kept(self, shard: int) -> dict[int, bytes]:
-        ours = re.compile(rf"data/{shard:07d}/\d{{5,}}-[^/]*\.{self.ending}")
-        keys = [entry.key for entry in self.store.list(f"data/{shard:07d}/") if ours.fullmatch(entry.key)]
+    def kept(self, stem: str) -> dict[int, bytes]:
+        ours = re.compile(rf"data/{stem}/\d{{5,}}-[^/]*\.{self.ending}")
+        keys = [entry.key for entry in self.store.list(f"data/{stem}/") if ours.fullmatch(entry.key)]
         with ThreadPoolExecutor(_UPLOADS) as pool:
             return {
                 int(key.rpartition("/")[2].partition("-")[0]): data
                 for key, data in zip(keys, pool.map(self.store.get, keys), strict=True)
             }
 
-    def keep(self, shard: int, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
+    def keep(self, stem: str, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
         def put(picture: EncodedPicture) -> EncodedPicture:
-            key = self._key(shard, picture)
+            key = self._key(stem, picture)
             stored = self.store.put_if_absent(key, picture.data)
             return picture if stored else replace(picture, data=self.store.get(key))
 
         with ThreadPoolExecutor(_UPLOADS) as pool:
             return list(pool.map(put, batch))
 
-    def finish(self, shard: int, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
-        return [_stored(picture.position, self._key(shard, picture), picture.data) for picture in pictures]
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+        return [_stored(picture.position, self._key(stem, picture), picture.data) for picture in pictures]
 
-    def forget(self, shard: int) -> None:
+    def forget(self, stem: str) -> None:
         pass
 
-    def _key(self, shard: int, picture: EncodedPicture) -> str:
-        return f"data/{shard:07d}/{picture.position:05d}-{_slug(picture.row['image_id'])}.{self.ending}"
+    def _key(self, stem: str, picture: EncodedPicture) -> str:
+        return f"data/{stem}/{picture.position:05d}-{_slug(picture.row['image_id'])}.{self.ending}"
 
 
 class _Container(ShardWriter):
     """One object a shard; its batches wait for it in small tars."""
 
-    def kept(self, shard: int) -> dict[int, bytes]:
+    def kept(self, stem: str) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
-        for entry in self.store.list(f"_sdbatch/batches/{shard:07d}/"):
+        for entry in self.store.list(f"_sdbatch/batches/{stem}/"):
             members = _tar_members(self.store.get(entry.key))
             found |= {_position(name): data for name, data in members.items() if name.endswith(f".{self.ending}")}
         return found
 
-    def keep(self, shard: int, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
+    def keep(self, stem: str, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
         if last or not batch:
             return list(batch)
-        key = f"_sdbatch/batches/{shard:07d}/{batch[0].position:05d}.tar"
-        held = _write_once(self.store, key, self._tar(shard, batch), _tar_members)
+        key = f"_sdbatch/batches/{stem}/{batch[0].position:05d}.tar"
+        held = _write_once(self.store, key, self._tar(stem, batch), _tar_members)
         stored = {_position(name): data for name, data in held.items() if name.endswith(f".{self.ending}")}
         return [replace(picture, data=stored.get(picture.position, picture.data)) for picture in batch]
 
-    def forget(self, shard: int) -> None:
-        for entry in list(self.store.list(f"_sdbatch/batches/{shard:07d}/")):
+    def forget(self, stem: str) -> None:
+        for entry in list(self.store.list(f"_sdbatch/batches/{stem}/")):
             self.store.delete(entry.key)
 
-    def _tar(self, shard: int, pictures: Sequence[EncodedPicture]) -> bytes:
+    def _tar(self, stem: str, pictures: Sequence[EncodedPicture]) -> bytes:
         """A WebDataset tar: KEY.png, KEY.json and KEY.txt for each picture."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -146,7 +146,7 @@ class _Container(ShardWriter):
                     ("json", described),
                     ("txt", str(picture.row["prompt"]).encode()),
                 ):
-                    member = tarfile.TarInfo(f"{_stem(shard, picture.position)}.{ending}")
+                    member = tarfile.TarInfo(f"{_member(stem, picture.position)}.{ending}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
         return buffer.getvalue()
@@ -155,9 +155,9 @@ class _Container(ShardWriter):
 class WebDataset(_Container):
     """One tar a shard: ``data/SHARD.tar``."""
 
-    def finish(self, shard: int, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
-        key = f"data/{shard:07d}.tar"
-        held = _write_once(self.store, key, self._tar(shard, pictures), _tar_members)
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+        key = f"data/{stem}.tar"
+        held = _write_once(self.store, key, self._tar(stem, pictures), _tar_members)
         return [
             _stored(_position(name), f"{key}#{name}", data)
             for name, data in held.items()
@@ -168,11 +168,11 @@ class WebDataset(_Container):
 class ParquetFiles(_Container):
     """One Parquet file a shard, ``data/SHARD.parquet``: the picture's bytes in ``image``, then the metadata columns."""
 
-    def finish(self, shard: int, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
-        key = f"data/{shard:07d}.parquet"
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+        key = f"data/{stem}.parquet"
         rows = [
             {
-                "image": {"bytes": picture.data, "path": f"{_stem(shard, picture.position)}.{self.ending}"},
+                "image": {"bytes": picture.data, "path": f"{_member(stem, picture.position)}.{self.ending}"},
                 **description(picture.row),
             }
             for picture in pictures
@@ -242,12 +242,12 @@ def _parquet_rows(data: bytes) -> dict[str, bytes]:
     return {str(i): image for i, image in enumerate(_parquet_images(data).values())}
 
 
-def _stem(shard: int, position: int) -> str:
-    return f"{shard:07d}-{position:05d}"
+def _member(stem: str, position: int) -> str:
+    return f"{stem}-{position:05d}"
 
 
 def _position(name: str) -> int:
-    """The place in its shard of the picture that :func:`_stem` named."""
+    """The place in its shard of the picture that :func:`_member` named."""
     return int(name.partition("-")[2].partition(".")[0])
 
 

@@ -66,7 +66,7 @@ class Planned:
 
     def commit(self, number: int, colour: int = 0) -> None:
         rows, pictures = self.pictures(number, colour)
-        pictures = self.committer.writer.keep(number, pictures, last=True)
+        pictures = self.committer.writer.keep(self.shards[number].stem, pictures, last=True)
         self.committer.commit(self.shards[number], rows, pictures, {"model": 1.0}, "w")
 
     def verdict(self) -> Any:
@@ -136,7 +136,7 @@ def test_two_writers_leave_one_commit_that_matches_the_bytes(planned: Planned) -
 def test_a_writer_that_dies_between_pictures_and_metadata_is_taken_over(planned: Planned) -> None:
     _, pictures = planned.pictures(0, colour=0)
     writer = planned.committer.writer
-    writer.finish(0, writer.keep(0, pictures, last=True))
+    writer.finish("0000000", writer.keep("0000000", pictures, last=True))
     assert planned.committer.finish_started(planned.shards[0]) is None
     planned.commit(0, colour=100)  # another machine, other bytes: those stored first stand
     for number in (1, 2, 3):

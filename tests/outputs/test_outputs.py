@@ -60,12 +60,12 @@ def picture(position: int) -> EncodedPicture:
     return EncodedPicture(position, row(position), encode(pixels(position), Picture(), row(position)))
 
 
-def write(writer: ShardWriter, shard: int, pictures: list[EncodedPicture]) -> list[StoredPicture]:
+def write(writer: ShardWriter, stem: str, pictures: list[EncodedPicture]) -> list[StoredPicture]:
     """A shard of two batches, from the first picture to the whole."""
     batches = [pictures[:2], pictures[2:]]
-    kept = [item for batch in batches for item in writer.keep(shard, batch, last=False)]
-    stored = writer.finish(shard, kept)
-    writer.forget(shard)
+    kept = [item for batch in batches for item in writer.keep(stem, batch, last=False)]
+    stored = writer.finish(stem, kept)
+    writer.forget(stem)
     return stored
 
 
@@ -74,15 +74,15 @@ def test_finished_batches_outlive_their_writer(form: str, tmp_path: Path) -> Non
     store = LocalStore(tmp_path)
     writer = FORMATS[form](store, "png")
     batch = [picture(4), picture(5)]
-    writer.keep(7, batch, last=False)
-    assert FORMATS[form](store, "png").kept(7) == {item.position: item.data for item in batch}
-    assert writer.kept(8) == {}
+    writer.keep("0000007", batch, last=False)
+    assert FORMATS[form](store, "png").kept("0000007") == {item.position: item.data for item in batch}
+    assert writer.kept("0000008") == {}
     other = [EncodedPicture(i, row(i), encode(pixels(99), Picture(), row(i))) for i in (4, 5)]
-    assert writer.keep(7, other, last=False) == [
+    assert writer.keep("0000007", other, last=False) == [
         EncodedPicture(i, row(i), item.data) for i, item in zip((4, 5), batch, strict=True)
     ]
-    writer.finish(7, batch)
-    writer.forget(7)
+    writer.finish("0000007", batch)
+    writer.forget("0000007")
     assert list(store.list("_sdbatch/")) == []
 
 
@@ -124,7 +124,7 @@ def test_the_text_in_xmp_is_escaped() -> None:
 def test_what_a_shard_stores_is_read_back_by_its_paths(form: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     pictures = [picture(position) for position in (0, 2, 3)]  # position 1 was quarantined
-    stored = write(FORMATS[form](store, "png"), 12, pictures)
+    stored = write(FORMATS[form](store, "png"), "0000012", pictures)
     assert [item.position for item in stored] == [0, 2, 3]
     read = read_pictures(store, [item.path for item in stored])
     assert [read[item.path] for item in stored] == [item.data for item in pictures]
@@ -136,15 +136,15 @@ def test_what_a_shard_stores_is_read_back_by_its_paths(form: str, tmp_path: Path
 def test_a_second_writer_changes_nothing_and_learns_what_is_stored(form: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     writer = FORMATS[form](store, "png")
-    first = write(writer, 0, [picture(0), picture(1)])
+    first = write(writer, "0000000", [picture(0), picture(1)])
     other = [EncodedPicture(i, row(i), encode(pixels(99), Picture(), row(i))) for i in (0, 1)]
-    assert write(writer, 0, other) == first
+    assert write(writer, "0000000", other) == first
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_picture_that_is_gone_or_damaged_is_not_made_up(form: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    (stored,) = write(FORMATS[form](store, "png"), 0, [picture(0)])
+    (stored,) = write(FORMATS[form](store, "png"), "0000000", [picture(0)])
     key = stored.path.partition("#")[0]
     store.delete(key)
     assert read_pictures(store, [stored.path]) == {}
@@ -156,12 +156,12 @@ def test_a_foreign_object_in_the_way_is_named(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("data/0000000.tar", b"garbage")
     with pytest.raises(StorageError, match=r"data/0000000\.tar is in the way"):
-        write(FORMATS["webdataset"](store, "png"), 0, [picture(0)])
+        write(FORMATS["webdataset"](store, "png"), "0000000", [picture(0)])
 
 
 def test_a_webdataset_tar_groups_by_key_and_is_reproducible(tmp_path: Path) -> None:
-    write(FORMATS["webdataset"](LocalStore(tmp_path / "a"), "png"), 3, [picture(0)])
-    write(FORMATS["webdataset"](LocalStore(tmp_path / "b"), "png"), 3, [picture(0)])
+    write(FORMATS["webdataset"](LocalStore(tmp_path / "a"), "png"), "0000003", [picture(0)])
+    write(FORMATS["webdataset"](LocalStore(tmp_path / "b"), "png"), "0000003", [picture(0)])
     path = tmp_path / "a/data/0000003.tar"
     assert path.read_bytes() == (tmp_path / "b/data/0000003.tar").read_bytes()
     with tarfile.open(path) as archive:
@@ -172,7 +172,7 @@ def test_a_webdataset_tar_groups_by_key_and_is_reproducible(tmp_path: Path) -> N
 
 
 def test_a_parquet_shard_embeds_bytes_beside_the_columns(tmp_path: Path) -> None:
-    write(FORMATS["parquet"](LocalStore(tmp_path), "png"), 3, [picture(0)])
+    write(FORMATS["parquet"](LocalStore(tmp_path), "png"), "0000003", [picture(0)])
     (found,) = pq.read_table(tmp_path / "data/0000003.parquet").to_pylist()
     assert found["image"]["bytes"] == picture(0).data
     assert found["prompt"] == row()["prompt"]
