@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format chaos bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/sdbatch run jobs/demo.yaml
@@ -12,7 +12,7 @@ demo: $(VENV)/.user
 	$(BIN)/sdbatch gallery out/demo
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .
@@ -22,6 +22,9 @@ lint: $(VENV)/.developer
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(VENV)/.developer
+	$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m tests.benchmarks.pipeline

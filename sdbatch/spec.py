@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from sdbatch.errors import Problem, SpecError
 
@@ -87,6 +89,15 @@ METADATA_COLUMNS = (
 )
 
 
+def _without_credentials(uri: str) -> str:
+    if re.match(r"[^/@]*://[^/]*@", uri):
+        raise ValueError("holds credentials, which don't belong in a job spec; give them by the environment")
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,7 +105,7 @@ class Section(BaseModel):
 class Input(Section):
     """The prompt table."""
 
-    uri: str = Field(min_length=1, description="A file, a folder or a glob; local or s3://")
+    uri: Uri = Field(description="A file, a folder or a glob; local or s3://")
     format: Literal["parquet", "csv", "tsv", "jsonl", "text"] | None = Field(
         None, description="Told by the file's ending when left out"
     )
@@ -147,29 +158,28 @@ class Prompt(Section):
 class Lora(Section):
     """Low-rank changes to the model's weights."""
 
-    uri: str = Field(min_length=1, description="A .safetensors file, local or s3://")
+    uri: Uri = Field(description="A .safetensors file, local or s3://")
     weight: float = Field(1.0, allow_inf_nan=False, description="How strongly; several add up")
 
 
 class LearntWord(Section):
     """A textual inversion: vectors that a word of the prompt stands for."""
 
-    uri: str = Field(min_length=1, description="A .safetensors file, local or s3://")
+    uri: Uri = Field(description="A .safetensors file, local or s3://")
     token: str | None = Field(None, min_length=1, description="The word; what the file calls it when left out")
 
 
 class Model(Section):
     """The checkpoint that makes the pictures."""
 
-    uri: str = Field(
+    uri: Uri = Field(
         "builtin:shapes",
-        min_length=1,
-        description="builtin:NAME, hf:OWNER/NAME[@REVISION][/FILE], or a folder in the diffusers layout or a single "
-        ".safetensors file, local or s3://",
+        description="builtin:shapes, builtin:null (no network), hf:OWNER/NAME[@REVISION][/FILE], or a folder in the "
+        "diffusers layout or a single .safetensors file, local or s3://",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Number format of the weights")
-    tokenizer: str | None = Field(
-        None, min_length=1, description="A folder with vocab.json and merges.txt, for single files, which bring none"
+    tokenizer: Uri | None = Field(
+        None, description="A folder with vocab.json and merges.txt, for single files, which bring none"
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="What the network predicts, where the checkpoint can't tell or is wrong"
@@ -235,7 +245,7 @@ class Picture(Section):
 class Output(Section):
     """Where pictures and metadata go."""
 
-    uri: str = Field(min_length=1, description="A folder or s3://bucket/prefix")
+    uri: Uri = Field(description="A folder or s3://bucket/prefix")
     format: Literal["images", "webdataset", "parquet"] = Field("images", description="Form of the shards")
     image: Picture = Field(default_factory=lambda: Picture())
     shard_size: int = Field(64, ge=1, le=100_000, description="Images a shard: the unit of work and of commit")
@@ -251,16 +261,45 @@ class Failures(Section):
         description="Stop when more than this fraction of the planned images (and more than 10) failed while being "
         "made. Rows refused at plan time do not count",
     )
-    max_attempts: int = Field(3, ge=1, le=100, description="Times a shard is tried when its actor dies")
+    max_attempts: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="Times a request is tried that kills its process, once it is alone under suspicion; then it is "
+        "quarantined",
+    )
+
+
+_MOST_ACTORS = 10_000
 
 
 class Resources(Section):
     """The pool that does the work."""
 
-    actors: int = Field(1, ge=1, le=10_000, description="Generator actors, each with the whole model")
+    actors: int | str = Field(
+        1, description="Generator actors, each with the whole model: 4, or 2..16 for as many as there is room for"
+    )
     gpus_per_actor: float = Field(0, ge=0, le=8, description="0: on the CPU")
     cpus_per_actor: int = Field(1, ge=1, le=256, description="CPUs, and threads of the model when it runs there")
     batch_size: int = Field(8, ge=1, le=1024, description="Images that the model computes at once")
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _number_or_range(cls, actors: Any) -> int | str:
+        known = re.fullmatch(r"([0-9]{1,5})(?:\.\.([0-9]{1,5}))?", str(actors)) if type(actors) in {int, str} else None
+        if known is None or not 1 <= int(known[1]) <= int(known[2] or known[1]) <= _MOST_ACTORS:
+            raise ValueError(f"should be a number or a range from 1 to {_MOST_ACTORS:,}: write 4 or 2..16")
+        return int(actors) if known[2] is None else str(actors)
+
+    @property
+    def fewest(self) -> int:
+        """Actors that should find room."""
+        return int(str(self.actors).partition("..")[0])
+
+    @property
+    def most(self) -> int:
+        """Actors that are asked for."""
+        return int(str(self.actors).rpartition("..")[2])
 
     @property
     def device(self) -> str:
@@ -301,13 +340,17 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise SpecError(str(path), [Problem("file", f"is no job spec: it has more than {_MOST_BYTES:,} bytes")])
+        raw = _read_yaml(content.decode())
     except FileNotFoundError:
         raise SpecError(str(path), [Problem("file", f"{path.absolute()} does not exist")]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(str(path), [Problem("file", f"can't be read: {error}")]) from None
     except yaml.YAMLError as error:
-        raise SpecError(str(path), [Problem("file", "is not YAML: " + " ".join(str(error).split()))]) from None
+        raise SpecError(str(path), [Problem("file", f"is not YAML that a job spec can hold: {_told(error)}")]) from None
     if not isinstance(raw, dict):
         raise SpecError(str(path), [Problem("file", "should hold a mapping with name, input and output")])
     for override in overrides:
@@ -315,29 +358,134 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     return parse_spec(raw, str(path))
 
 
+def overridden(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
+    """The spec with ``field.path=value`` in place of what it said. Raises SpecError."""
+    raw = spec.model_dump(mode="json")
+    for override in overrides:
+        _override(raw, override)
+    return parse_spec(raw, "--set")
+
+
 def parse_spec(raw: Mapping[str, Any], source: str = "job spec") -> JobSpec:
     """Check a spec that is already a mapping; raises SpecError with every mistake at once."""
     try:
         return JobSpec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(source, [_problem(details) for details in error.errors(include_url=False)]) from None
+        raise SpecError(
+            source, [_problem(details) for details in error.errors(include_url=False)[:_MOST_PROBLEMS]]
+        ) from None
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     field, equals, value = override.partition("=")
     keys = field.strip().split(".")
     if not equals or not all(keys):
-        raise SpecError("--set", [Problem(override, "should read field.path=value, as in generate.seed=7")])
+        raise SpecError("--set", [Problem(_plain(override), "should read field.path=value, as in generate.seed=7")])
     section: Any = raw
     for key in keys[:-1]:
         section[key] = {} if section.get(key) is None else section[key]
         section = section[key]
         if not isinstance(section, dict):
-            raise SpecError("--set", [Problem(field, f"'{key}' is a value, it has no fields")])
+            raise SpecError("--set", [Problem(_plain(field), f"{_shown(key)} is a value, it has no fields")])
     try:
-        section[keys[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise SpecError("--set", [Problem(field, f"the value {value!r} is not YAML")]) from None
+        section[keys[-1]] = _read_yaml(value)
+    except yaml.YAMLError as error:
+        told = f"the value {_shown(value)} is not YAML that a job spec can hold: {_told(error)}"
+        raise SpecError("--set", [Problem(_plain(field), told)]) from None
+
+
+# -- YAML -----------------------------------------------------------------------------------------------------
+
+#: No job spec is longer, deeper, or has more parts once its aliases are written out.
+_MOST_BYTES = 100_000
+_MOST_DEPTH = 20
+_MOST_PARTS = 20_000
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """Plain data of bounded size. What YAML would pass over in silence is refused: keys that are there twice."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._parts = 0
+        self._parts_of: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next part. What an alias stands for counts every time."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before, mark = self._parts, event.start_mark
+        if self._depth == _MOST_DEPTH:
+            raise ComposerError(None, None, f"is nested more than {_MOST_DEPTH} levels deep", mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if not isinstance(event, yaml.AliasEvent):
+            self._parts += 1
+            self._parts_of[node] = self._parts - before
+        elif node in self._parts_of:
+            self._parts += self._parts_of[node]
+        else:
+            raise ComposerError(None, None, f"{_shown(event.anchor)} is a part of itself", mark)
+        if self._parts > _MOST_PARTS:
+            raise ComposerError(None, None, f"has more than {_MOST_PARTS:,} parts", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        key: Any
+        for key, _ in node.value:
+            if key.tag not in _KEY_TAGS:
+                told = f"the key {_shown(key.value)} is no text; put it in quotes"
+                raise ComposerError(None, None, told, key.start_mark)
+            if key.value in seen:
+                raise ComposerError(None, None, f"the key {_shown(key.value)} is there twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, ValueError):  # what an impossible date, or number, makes the library raise
+            told = f"{_shown(node.value)} is no {_shown(node.tag.rpartition(':')[2])}"
+            raise ConstructorError(None, None, told, node.start_mark) from None
+
+
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+def _read_yaml(text: str) -> Any:
+    """The one document in ``text``. Raises YAMLError."""
+    return yaml.load(text, _SpecLoader)  # noqa: S506 (it is a SafeLoader)
+
+
+def _told(error: yaml.YAMLError) -> str:
+    """What is wrong, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{_plain(str(error.problem))}, in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())
+
+
+def _shown(value: Any) -> str:
+    """What was given, short and harmless on a terminal."""
+    if isinstance(value, int) and abs(value) >= 10**_MOST_SHOWN:
+        return f"a number of more than {_MOST_SHOWN} digits"
+    if isinstance(value, str):
+        return repr(value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}…")
+    return repr(value) if isinstance(value, int | float | None) else type(value).__name__
+
+
+def _plain(text: str) -> str:
+    """Text of our own with something of the user's in it, likewise."""
+    return "".join(char if char.isprintable() else "�" for char in text[: 2 * _MOST_SHOWN])
+
+
+_MOST_SHOWN = 100
+#: Mistakes that are told at once.
+_MOST_PROBLEMS = 100
 
 
 # -- from pydantic's errors to words --------------------------------------------------------------------------
@@ -345,23 +493,21 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _problem(details: ErrorDetails) -> Problem:
     place = [str(part) for part in details["loc"] if not re.match(r"(list|dict)\[", str(part))]
-    field, kind, given = ".".join(place), details["type"], details.get("input")
+    field = _plain(".".join(place))
+    kind, given = details["type"], _shown(details.get("input"))
     if kind == "extra_forbidden":
         return Problem(field, "no such field", _suggest(place[-1], _fields_at(place[:-1])))
     if kind == "missing":
         return Problem(field, "is required")
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
-        return Problem(field, f"is {given!r}", _suggest(str(given), expected))
+        return Problem(field, f"is {given}", _suggest(str(details.get("input"))[:_MOST_SHOWN], expected))
     if kind == "string_pattern_mismatch":
-        return Problem(
-            field, f"is {given!r}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first"
-        )
+        return Problem(field, f"is {given}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first")
     if kind == "value_error":
         return Problem(field, details["msg"].removeprefix("Value error, "))
     message = details["msg"][:1].lower() + details["msg"][1:]
-    shown = repr(given) if isinstance(given, str | int | float | bool | type(None)) else type(given).__name__
-    return Problem(field, f"is {shown}; {message.replace('input ', '')}")
+    return Problem(field, f"is {given}; {message.replace('input ', '')}")
 
 
 def _fields_at(place: Sequence[str]) -> list[str]:

@@ -6,10 +6,8 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +23,23 @@ import yaml
 from sdbatch import cli
 from sdbatch.engine.cluster import ray_session
 from sdbatch.spec import Resources
-from tests.s3_server import ACCESS_KEY, SECRET_KEY
+from tests.s3_server import serving
 
 torch.set_num_threads(1)
+#: Ray's workers give way to everything else, by default; here there is nothing else, and tests would wait for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 hypothesis.settings.register_profile("sdbatch", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sdbatch")
 
 Json = dict[str, Any]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One of pytest's workers does all that takes a Ray: two at once bring a machine of two cores to a halt."""
+    for item in items:
+        takes_ray = {"ray_here", "shell"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("ray" if takes_ray else item.nodeid.partition("::")[0]))
 
 
 @dataclass(frozen=True)
@@ -126,31 +134,12 @@ def write_job(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server; the AWS variables point at it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, Path(__file__).parent / "s3_server.py", str(port)])
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "the S3 server does not start"
-            time.sleep(0.1)
-    yield settings["AWS_ENDPOINT_URL"]
-    process.terminate()
-    process.wait(10)
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with serving() as settings:
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        yield settings["AWS_ENDPOINT_URL"]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import functools
 import signal
+import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moto import settings
@@ -20,6 +24,33 @@ from moto.server import ThreadedMotoServer
 
 ACCESS_KEY, SECRET_KEY = "sdbatch-test-key", "sdbatch-test-secret"
 _writing = threading.RLock()
+
+
+@contextmanager
+def serving() -> Iterator[dict[str, str]]:
+    """The server in a process of its own; yields the AWS variables that lead to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, __file__, str(port)])
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server does not start"
+            time.sleep(0.1)
+    try:
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:

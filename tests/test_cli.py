@@ -19,6 +19,8 @@ COMMANDS = (
     "status",
     "verify",
     "errors",
+    "retry",
+    "repair",
     "gallery",
     "inspect",
     "evaluate",

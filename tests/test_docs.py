@@ -50,6 +50,12 @@ def test_the_walk_through_the_formulas_names_code_that_is_there() -> None:
             assert word in known | SETTINGS, word
 
 
+def test_the_threat_model_points_at_tests_that_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/threat-model.md").read_text(encoding="utf-8")))
+    assert named
+    assert named <= {name for path in (ROOT / "tests").rglob("test_*.py") for name in names_in(path)}
+
+
 SETTINGS = {field for section in JobSpec.model_json_schema()["$defs"].values() for field in section["properties"]} | {
     "rescale_betas_zero_snr",
     *SAMPLERS,

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from sdbatch import __version__
 from sdbatch.cli import evaluation, jobs, models, results, training
-from sdbatch.cli.console import people, print_json
+from sdbatch.cli.console import people, plain, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.status,
     results.verify,
     results.errors,
+    results.retry,
+    results.repair,
     results.gallery,
     models.inspect,
     evaluation.evaluate,
@@ -75,7 +77,7 @@ def call(arguments: list[str]) -> int:
             problems = [asdict(problem) for problem in error.problems] if isinstance(error, SpecError) else []
             print_json({"error": str(error), "kind": type(error).__name__, "problems": problems})
         mark = "[yellow]interrupted[/]" if isinstance(error, Interrupted) else "[bold red]error[/]"
-        people.print(f"{mark}: {escape(str(error))}", soft_wrap=True)
+        people.print(f"{mark}: " + "\n".join(plain(line) for line in str(error).splitlines()), soft_wrap=True)
         return error.exit_code
     return code if isinstance(code, int) else 0
 

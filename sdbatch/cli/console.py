@@ -10,6 +10,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:  # the engine imports Ray and torch, which commands that only read do not need
@@ -36,6 +37,11 @@ def facts(pairs: Mapping[str, str]) -> None:
     width = max(len(name) for name in pairs)
     for name, value in pairs.items():
         people.print(f"  [dim]{name:<{width}}[/]  {value}", soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Text that is not ours, harmless in a terminal: no markup, no control characters."""
+    return escape("".join(char if char.isprintable() else "�" for char in text))
 
 
 @contextmanager
@@ -86,6 +92,9 @@ def watching() -> Iterator[Watch]:
         def watch(now: Snapshot) -> None:
             if now.stage == "planning":
                 update(now.rows, None, "rows read", label="planning")
+                return
+            if now.stage == "waiting":
+                update(0, None, now.note, label="waiting")
                 return
             done = now.finished + now.in_flight
             text = ""

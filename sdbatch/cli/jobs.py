@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,9 +13,15 @@ from rich.markup import escape
 from sdbatch.cli.console import facts, people, print_json, tell, watching
 from sdbatch.spec import JobSpec, load_spec
 
+if TYPE_CHECKING:
+    from sdbatch.engine.runner import Outcome
+
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job spec.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: generate.seed=7.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Also plan the rows that were added to the end of the input since.")
+]
 
 
 def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
@@ -38,23 +44,24 @@ def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: 
     )
 
 
-def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def plan(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
     """Plan a job without making anything: count its images, shards and batches."""
     from sdbatch.engine import runner
 
     spec = load_spec(job, set_)
     with watching() as watch:
-        planned, shards = runner.plan(spec, watch)
-    size = spec.resources.batch_size
-    makeable = [shard for shard in shards if shard.makeable]
-    batches = sum(-(-shard.count // size) for shard in makeable)
-    images = sum(shard.count for shard in makeable)
+        found = runner.plan(spec, watch, extend=extend)
+    planned, size = found.job, spec.resources.batch_size
+    makeable = found.shards.makeable()
+    batches = int((-(-makeable.column("count") // size)).sum())
+    images = makeable.images
     shapes = Counter[str]()
-    for shard in makeable:
-        shapes[f"{shard.width}x{shard.height}"] += shard.count
+    for width, height, count in makeable.counted("width", "height"):
+        shapes[f"{width}x{height}"] = count
     padding = 1 - images / (batches * size) if batches else 0.0
     summary = {
         "planned": planned.planned,
+        "added": found.added,
         "makeable": images,
         "quarantined": planned.faulty,
         "shards": planned.shards,
@@ -68,6 +75,8 @@ def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
         print_json(summary)
         return
     tell(f"[bold]{spec.name}[/]: {planned.planned:,} images")
+    if extend:
+        _tell_added(found.added)
     shown = ", ".join(f"{shape} ({count:,})" for shape, count in shapes.most_common(4))
     facts(
         {
@@ -80,13 +89,24 @@ def plan(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
     )
 
 
-def run(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def _tell_added(added: int) -> None:
+    tell(f"{added:,} images were added to the plan" if added else "the input has no new rows: nothing was added")
+
+
+def run(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
     """Run a job; the same command goes on where a stopped run ended."""
     from sdbatch.engine import runner
 
     spec = load_spec(job, set_)
     with watching() as watch:
-        outcome = runner.run(spec, watch)
+        outcome = runner.run(spec, watch, extend=extend)
+    if extend and not as_json:
+        _tell_added(outcome.added)
+    report_outcome(outcome, as_json=as_json)
+
+
+def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    """Tell how a run ended; exits with 3 when images are quarantined."""
     status = outcome.status
     rate = outcome.images / outcome.making_seconds if outcome.making_seconds else 0.0
     if as_json:
@@ -97,16 +117,18 @@ def run(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
                 "planned": status.planned,
                 "committed": status.committed,
                 "quarantined": status.quarantined,
+                "added": outcome.added,
                 "made_now": outcome.images,
                 "images_per_second": round(rate, 3),
                 "starting_seconds": round(outcome.starting_seconds, 3),
                 "making_seconds": round(outcome.making_seconds, 3),
+                "batches": outcome.batches,
                 "actor_deaths": outcome.deaths,
             }
         )
     else:
         mark = "[green]✓[/]" if not status.quarantined else "[yellow]![/]"
-        tell(f"{mark} [bold]{spec.name}[/] is {status.state}: {status.committed:,} of {status.planned:,} images")
+        tell(f"{mark} [bold]{status.name}[/] is {status.state}: {status.committed:,} of {status.planned:,} images")
         output = escape(status.output)
         told = {"output": output}
         if outcome.images:

@@ -1,4 +1,4 @@
-"""Commands that take an output: status, verify, errors, gallery."""
+"""Commands that take an output: status, verify, errors, retry, repair, gallery."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 
 from sdbatch import ledger, report
-from sdbatch.cli.console import bar, facts, print_json, tell
+from sdbatch.cli.console import bar, facts, plain, print_json, tell, watching
+from sdbatch.cli.jobs import Set, report_outcome
 from sdbatch.errors import OutputError, StorageError
-from sdbatch.outputs import read_pictures
+from sdbatch.outputs import opens, read_pictures
 from sdbatch.storage import Store, open_store
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output of a job: a folder or s3://bucket/prefix.")]
@@ -26,7 +27,7 @@ def status(output: Output, as_json: Json = False) -> None:
     if as_json:
         print_json({**asdict(found), "remaining": found.remaining})
         return
-    tell(f"[bold]{found.name}[/] is {found.state}")
+    tell(f"[bold]{plain(found.name)}[/] is {found.state}")
     facts(
         {
             "planned": f"{found.planned:,}",
@@ -39,25 +40,68 @@ def status(output: Output, as_json: Json = False) -> None:
     )
 
 
-def verify(output: Output, as_json: Json = False) -> None:
+def verify(
+    output: Output,
+    sample: Annotated[float, typer.Option(min=0.0, max=1.0, help="Read only this fraction of the shards.")] = 1.0,
+    recompute: Annotated[int, typer.Option(min=0, help="Make so many images again and compare their bytes.")] = 0,
+    as_json: Json = False,
+) -> None:
     """Prove from the stored bytes that every planned image ended exactly once."""
     store = _open(output)
     with bar("verifying") as update:
-        verdict = ledger.verify(store, read_pictures, lambda done, total: update(done, total, "shards"))
+        verdict = ledger.verify(
+            store, read_pictures, opens, lambda done, total: update(done, total, "shards"), sample=sample
+        )
+    made_again = None
+    if recompute:
+        from sdbatch.engine.recompute import recompute as make_again  # Ray and torch take seconds to import
+
+        with bar("making again") as update:
+            made_again = make_again(store, recompute, lambda done, total: update(done, total, "images"))
+    ok = verdict.ok and (made_again is None or not made_again.different)
     if as_json:
-        print_json({"ok": verdict.ok, **asdict(verdict)})
+        again = {} if made_again is None else {"recomputed": made_again.same, "different": made_again.different}
+        print_json({"ok": ok, **asdict(verdict), **again})
     else:
         mark = "[green]✓[/]" if verdict.ok else "[red]✗[/]"
         ended = verdict.committed + verdict.quarantined
         tell(f"{mark} {ended:,} of {verdict.planned:,} planned images ended exactly once")
         facts({"committed": f"{verdict.committed:,}", "quarantined": f"{verdict.quarantined:,}"})
+        if sample < 1:
+            facts({"read": f"{verdict.checked:,} images; of the others only the records"})
         for name in ("missing", "doubled", "altered", "extra"):
             found: list[str] = getattr(verdict, name)
             if found:
-                more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-                tell(f"  [red]{len(found):,} {name}[/]: {_plain(', '.join(found[:_SHOWN]))}{more}")
-    if not verdict.ok:
+                tell(f"  [red]{len(found):,} {name}[/]: {_several(found)}")
+        if verdict.missing or verdict.altered:
+            tell(f"  made again by: sdbatch repair {escape(store.uri)}")
+        if made_again is not None:
+            mark = "[red]✗[/]" if made_again.different else "[green]✓[/]"
+            tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same bytes")
+            if made_again.different:
+                tell(f"  [red]{len(made_again.different):,} differ[/]: {_several(made_again.different)}")
+    if not ok:
         raise typer.Exit(1)
+
+
+def retry(output: Output, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Run the quarantined requests again, with the same seeds."""
+    from sdbatch.engine.mending import retry as make_again
+
+    store = _open(output)
+    with watching() as watch:
+        outcome = make_again(store, set_, watch)
+    report_outcome(outcome, as_json=as_json)
+
+
+def repair(output: Output, as_json: Json = False) -> None:
+    """Make again what 'verify' finds missing or altered."""
+    from sdbatch.engine.mending import repair as make_again
+
+    store = _open(output)
+    with watching() as watch, bar("verifying") as update:
+        outcome = make_again(store, watch, lambda done, total: update(done, total, "shards"))
+    report_outcome(outcome, as_json=as_json)
 
 
 def errors(output: Output, as_json: Json = False) -> None:
@@ -68,7 +112,7 @@ def errors(output: Output, as_json: Json = False) -> None:
         return
     tell(f"{len(found):,} quarantined" if found else "[green]✓[/] nothing is quarantined")
     for failure in found:
-        tell(f"  [bold]{_plain(failure['image_id'])}[/]  {_plain(failure['error'])}")
+        tell(f"  [bold]{plain(failure['image_id'])}[/]  {plain(failure['error'])}")
 
 
 def gallery(
@@ -81,7 +125,7 @@ def gallery(
     if as_json:
         print_json(page)
         return
-    tell(f"[green]✓[/] {page.shown:,} of {page.committed:,} pictures on one page: {_plain(page.uri)}")
+    tell(f"[green]✓[/] {page.shown:,} of {page.committed:,} pictures on one page: {plain(page.uri)}")
 
 
 def _open(output: str) -> Store:
@@ -91,6 +135,6 @@ def _open(output: str) -> Store:
         raise OutputError(str(error)) from None
 
 
-def _plain(text: str) -> str:
-    """Text of a user's, harmless in a terminal: no markup, no control characters."""
-    return escape("".join(char if char.isprintable() else "�" for char in text))
+def _several(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{plain(', '.join(names[:_SHOWN]))}{more}"

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
 from sdbatch.diffusion.schedule import NoiseSchedule
@@ -209,8 +210,28 @@ def _config(path: Path, accepted: Mapping[str, tuple[Any, ...]]) -> Iterator[dic
         yield raw
     except KeyError as error:
         raise ModelError(f"model file {path}: lacks {error}") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, ArithmeticError, TypeError, ValueError) as error:
         raise ModelError(f"model file {path}: not understood: {error}") from None
+
+
+#: Beyond any model's. What is larger would fail, or take all memory, much later.
+_MOST = 1_000_000
+
+_Config = TypeVar("_Config", UNetConfig, VAEConfig, TextEncoderConfig, NoiseSchedule)
+
+
+def _plausible(config: _Config) -> _Config:
+    """Raise ValueError for a setting that is no number where one belongs, or one that no model has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None or not re.match(r"int|float|tuple\[int", str(field.type)):
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            whole = type(number) is int and (0 if field.name == "steps_offset" else 1) <= number <= _MOST
+            fraction = str(field.type) == "float" and type(number) in (int, float) and 0 < number <= _MOST
+            if not whole and not fraction:
+                raise ValueError(f"{field.name} is {number!r:.100}")
+    return config
 
 
 _BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
@@ -231,21 +252,23 @@ def read_unet_config(path: Path) -> UNetConfig:
         layers = raw.get("transformer_layers_per_block") or 1
         added = raw.get("addition_embed_type") == "text_time"
         size = raw.get("sample_size") or 64
-        return UNetConfig(
-            in_channels=raw["in_channels"],
-            out_channels=raw["out_channels"],
-            block_out_channels=tuple(widths),
-            attention=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
-            num_attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
-            layers_per_block=raw["layers_per_block"],
-            transformer_layers=tuple(layers) if isinstance(layers, list) else (layers,) * len(widths),
-            cross_attention_dim=raw["cross_attention_dim"],
-            use_linear_projection=bool(raw.get("use_linear_projection")),
-            added_sizes_dim=raw["addition_time_embed_dim"] if added else None,
-            added_dim=raw["projection_class_embeddings_input_dim"] if added else None,
-            norm_num_groups=raw.get("norm_num_groups", 32),
-            norm_eps=raw.get("norm_eps", 1e-5),
-            sample_size=int(size[0] if isinstance(size, list) else size),
+        return _plausible(
+            UNetConfig(
+                in_channels=raw["in_channels"],
+                out_channels=raw["out_channels"],
+                block_out_channels=tuple(widths),
+                attention=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
+                num_attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
+                layers_per_block=raw["layers_per_block"],
+                transformer_layers=tuple(layers) if isinstance(layers, list) else (layers,) * len(widths),
+                cross_attention_dim=raw["cross_attention_dim"],
+                use_linear_projection=bool(raw.get("use_linear_projection")),
+                added_sizes_dim=raw["addition_time_embed_dim"] if added else None,
+                added_dim=raw["projection_class_embeddings_input_dim"] if added else None,
+                norm_num_groups=raw.get("norm_num_groups", 32),
+                norm_eps=raw.get("norm_eps", 1e-5),
+                sample_size=int(size[0] if isinstance(size, list) else size),
+            )
         )
 
 
@@ -256,17 +279,19 @@ def read_vae_config(path: Path) -> VAEConfig:
                 if kind != known:
                     raise ModelError(f"model file {path}: {field}: {kind!r} is not supported")
         size = raw.get("sample_size", 512)
-        return VAEConfig(
-            in_channels=raw["in_channels"],
-            out_channels=raw["out_channels"],
-            block_out_channels=tuple(raw["block_out_channels"]),
-            layers_per_block=raw["layers_per_block"],
-            latent_channels=raw["latent_channels"],
-            norm_num_groups=raw.get("norm_num_groups", 32),
-            scaling_factor=float(raw.get("scaling_factor", 0.18215)),
-            mid_block_add_attention=raw.get("mid_block_add_attention", True),
-            sample_size=size[0] if isinstance(size, list) else size,
-            force_upcast=raw.get("force_upcast", False),
+        return _plausible(
+            VAEConfig(
+                in_channels=raw["in_channels"],
+                out_channels=raw["out_channels"],
+                block_out_channels=tuple(raw["block_out_channels"]),
+                layers_per_block=raw["layers_per_block"],
+                latent_channels=raw["latent_channels"],
+                norm_num_groups=raw.get("norm_num_groups", 32),
+                scaling_factor=float(raw.get("scaling_factor", 0.18215)),
+                mid_block_add_attention=raw.get("mid_block_add_attention", True),
+                sample_size=size[0] if isinstance(size, list) else size,
+                force_upcast=raw.get("force_upcast", False),
+            )
         )
 
 
@@ -275,7 +300,8 @@ def read_text_config(path: Path) -> TextEncoderConfig:
         names = [field.name for field in dataclasses.fields(TextEncoderConfig) if field.name != "projection_dim"]
         projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]
         settings = {name: raw[name] for name in names if name in raw}
-        return TextEncoderConfig(**settings, projection_dim=raw.get("projection_dim", 512) if projected else None)
+        width = raw.get("projection_dim", 512) if projected else None
+        return _plausible(TextEncoderConfig(**settings, projection_dim=width))
 
 
 #: What the reference's schedulers take where a config is silent: not what Stable Diffusion was trained with.
@@ -291,7 +317,7 @@ def read_schedule(path: Path) -> NoiseSchedule:
         names = [field.name for field in dataclasses.fields(NoiseSchedule)]
         settings = {**_SILENT, **{name: raw[name] for name in names if name in raw}}
         try:
-            return NoiseSchedule(**settings)
+            return _plausible(NoiseSchedule(**settings))
         except ModelError as error:
             raise ModelError(f"model file {path}: {error}") from None
 

@@ -11,6 +11,7 @@ of attention heads, the noise schedule) belongs to the family.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,10 +139,10 @@ def _shape(weights: Weights, key: str, dims: int) -> tuple[int, ...]:
 
 def _count(weights: Weights, pattern: str) -> int:
     """How many numbers from 0 stand at ``{}`` in some key."""
-    count = 0
-    while any(key.startswith(pattern.format(count)) for key in weights.shapes):
-        count += 1
-    return count
+    before, after = pattern.split("{}")
+    numbered = re.compile(rf"{re.escape(before)}(\d{{1,6}}){re.escape(after)}")
+    found = {match[1] for key in weights.shapes if (match := numbered.match(key))}
+    return next(count for count in itertools.count() if str(count) not in found)
 
 
 def _unet_config(weights: Weights, preset: Family, predicts: str) -> UNetConfig:

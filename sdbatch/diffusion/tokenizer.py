@@ -118,17 +118,15 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         merges = [(str(left), str(right)) for left, right in halves]
         file = folder / "tokenizer_config.json"
         config = _read_json(file) if file.exists() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"model file {path} can't be read as a tokenizer: {error}") from None
     if not isinstance(config, dict) or not isinstance(vocab, dict):
         raise ModelError(f"model file {path} can't be read as a tokenizer: it should hold a JSON object")
-    pad = config.get("pad_token", EOS)
-    return CLIPTokenizer(
-        vocab,
-        merges,
-        max_length=config.get("model_max_length", 77),
-        pad_token=pad["content"] if isinstance(pad, dict) else pad,
-    )
+    pad, length = config.get("pad_token", EOS), config.get("model_max_length", 77)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str) or not isinstance(length, int) or length < 3:
+        raise ModelError(f"model file {file}: pad_token should be a token and model_max_length a number")
+    return CLIPTokenizer(vocab, merges, max_length=length, pad_token=pad)
 
 
 def clip_tokenizer(path: Path) -> CLIPTokenizer:

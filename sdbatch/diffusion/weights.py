@@ -27,6 +27,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _STORED = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SHOWN = 5
 
+#: Far beyond any model's, and what is still read, or built, in seconds. A forged file or config can ask for anything.
+_MOST_HEADER_BYTES = 16_000_000
+_MOST_TENSORS = 30_000
+_MOST_OPERATIONS = 30_000  # of torch, in building a network; SDXL's U-Net takes 8,000
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -51,9 +56,13 @@ class Weights:
         self._opened: dict[str, Any] = {}
         for path in self.files:
             try:
+                _refuse_long_header(path)
                 opened: Any = safetensors.safe_open(path, framework="pt")
                 self.metadata |= opened.metadata() or {}
-                for key in opened.keys():  # noqa: SIM118
+                keys = opened.keys()
+                if len(self.shapes) + len(keys) > _MOST_TENSORS:
+                    raise ModelError(f"model file {path} has {len(keys):,} tensors, more than any model that is known")
+                for key in keys:
                     view = opened.get_slice(key)
                     self.shapes[key], self.dtypes[key] = tuple(view.get_shape()), view.get_dtype()
                     self._opened[key] = opened
@@ -79,13 +88,31 @@ class Weights:
         return value.T.contiguous() if origin.transposed else value
 
 
+def _refuse_long_header(path: Path) -> None:
+    """Raise ModelError for a header that would take long to read; it begins with its own length."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MOST_HEADER_BYTES:
+        raise ModelError(f"model file {path} can't be read: it is no .safetensors file, or its header is damaged")
+
+
 class _NoInitialisation(TorchFunctionMode):
-    """Skips ``torch.nn.init``: on tensors without memory it has nothing to do, but it imports torch's compiler."""
+    """Skips ``torch.nn.init``: on tensors without memory it has nothing to do, but it imports torch's compiler.
+
+    Raises ValueError when a network does not come to an end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._operations += 1
+        if self._operations > _MOST_OPERATIONS:
+            raise ValueError("it has more layers than any model that is known")
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)

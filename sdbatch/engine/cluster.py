@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import ray
-from ray.exceptions import RayError
 
-from sdbatch.errors import UsageError
+from sdbatch.errors import JobFailed, SdbatchError, UsageError
 from sdbatch.spec import Resources
 
 #: CPUs that reading the table needs beside the actors.
@@ -27,7 +26,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     own = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
     if not ray.is_initialized():
         # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
-        cpus = max(os.cpu_count() or 1, resources.actors * resources.cpus_per_actor + _READERS)
+        cpus = max(os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor + _READERS)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
@@ -37,9 +36,13 @@ def ray_session(resources: Resources) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            where = os.environ.get("RAY_ADDRESS", "this machine")
+        except SdbatchError:  # a signal
+            raise
+        except Exception as error:  # Ray raises many kinds, and Exception itself
             told = " ".join(str(error).split())
+            if own:
+                raise JobFailed(f"Ray does not start here: {told}; is it too busy, or the disk full?") from None
+            where = os.environ.get("RAY_ADDRESS")
             raise UsageError(
                 f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
             ) from None
@@ -52,6 +55,11 @@ def ray_session(resources: Resources) -> Iterator[None]:
     finally:
         if own:
             ray.shutdown()
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to go: Ray gives them no new actors."""
+    return set(ray._private.state.state.get_draining_nodes())  # Ray has no public name for it
 
 
 def check_capacity(resources: Resources) -> None:

@@ -6,34 +6,38 @@ beside it, while the model is already at the next shard.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL
-import torch
+import ray
 
 from sdbatch import __version__
-from sdbatch.diffusion import LatentDiffusion, Reading, to_uint8
+from sdbatch.engine.image_model import ImageModel
+from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.models import load_model
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
-from sdbatch.engine.shards import ShardCommitter, metadata_row
+from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import Job, Shard, read_slice
+from sdbatch.ledger.attempts import UNTRIED, Attempts
 from sdbatch.outputs import EncodedPicture, encode
 from sdbatch.prompts import ImageRequest, from_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import open_store
 
-#: Batches that are encoded and stored beside the model's work.
+#: Batches that are encoded and stored beside the model's work, and how many may wait for that.
 _FINISHERS = 2
+_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,6 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """A request that is through: its metadata row, and its picture unless it was refused."""
-
-    row: dict[str, Any]
-    picture: EncodedPicture | None
-
-
-@dataclass(frozen=True)
 class _Slot:
     """A request in its place in a batch, and the pictures that it starts from."""
 
@@ -78,34 +74,28 @@ _Result = tuple[np.ndarray, bool] | Refused
 class Generator:
     """One model on one device, fed with shards. ``load`` comes first."""
 
-    model: LatentDiffusion
+    model: ImageModel
 
-    def __init__(self, spec: dict[str, Any], job: Job) -> None:
+    def __init__(self, spec: dict[str, Any], job: Job, pen: Pen | None = None) -> None:
         self.spec: JobSpec = parse_spec(spec)
         self.job = job
-        reading = self.spec.generate
-        self._reading = Reading(reading.long_prompts, reading.emphasis, reading.clip_skip)
+        self._pen = pen or Pen()
         self._pictures_at = self.spec.input.uri
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
         self._model_turn = threading.Lock()
-        threads = self.spec.resources.cpus_per_actor
-        # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
-        self._model_thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
+        self._model_thread = ThreadPoolExecutor(1, "model")
         self._finishers = ThreadPoolExecutor(_FINISHERS, "finisher")
 
     def load(self) -> dict[str, str]:
         """Load the model; returns the environment that pictures depend on."""
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        device = self.spec.resources.device
-        self.model, sha256 = self._model_thread.submit(load_model, self.spec.model, device).result()
-        if sha256 != self.job.model_sha256:
+        self.model = self._model_thread.submit(load_model, self.spec).result()
+        if self.model.sha256 != self.job.model_sha256:
             raise ModelError(
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
             )
-        self.environment = _environment(device, self.spec.resources.cpus_per_actor)
+        self.environment = {"sdbatch": __version__, "pillow": PIL.__version__, **self.model.environment}
         self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
         return self.environment
 
@@ -113,39 +103,77 @@ class Generator:
         """Images that left the model so far; asked now and then for the progress bar."""
         return self._made
 
-    def run_shard(self, shard: Shard) -> Receipt:
-        """Make, store and commit a shard. What other writers have finished of it is taken as it is."""
+    def node(self) -> str:
+        """The Ray node that it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def run_shard(self, shard: Shard, attempts: Attempts = UNTRIED) -> Receipt:
+        """Make, store and commit a shard. What other writers have finished of it is taken as it is.
+
+        ``attempts``: what it has cost so far, which tells the requests that are better made alone or not at all.
+        """
         started = time.perf_counter()
         record = self._committer.finish_started(shard)
         if record is not None:
             self._made += shard.count
             return Receipt(shard.number, record.committed, record.quarantined, 0, 0)
         requests = self._requests(shard)
-        kept = self._committer.writer.kept(shard.stem)
+        settled = self._settled(shard, requests)
         size = self.spec.resources.batch_size
-        finishing: list[Future[list[_Ended]]] = []
+        finishing: list[Future[dict[int, Ended]]] = []
         batches, model_seconds = 0, 0.0
         with self._model_turn:
             for first in range(0, len(requests), size):
-                batch = requests[first : first + size]
-                if all(first + slot in kept for slot in range(len(batch))):
-                    ended: Future[list[_Ended]] = Future()
-                    ended.set_result(self._recovered(shard, first, batch, kept))
-                    finishing.append(ended)
-                else:
+                batch = {
+                    position: request
+                    for position, request in enumerate(requests[first : first + size], first)
+                    if position not in settled
+                }
+                if batch:
+                    # What is made so far shall outlive the death that may come, and never pile up.
+                    wait(finishing if attempts.suspect(first, batch) else finishing[:-_WAITING])
                     began = time.perf_counter()
-                    results = self._model_thread.submit(self._make, batch).result()
+                    results = self._model_thread.submit(self._make_marked, shard, attempts, first, batch).result()
                     model_seconds += time.perf_counter() - began
                     batches += 1
                     last = first + size >= len(requests)
-                    finishing.append(self._finishers.submit(self._finish, shard, first, batch, results, last))
-                self._made += len(batch)
-        everything = [end for done in finishing for end in done.result()]
-        rows = [end.row for end in everything]
-        pictures = [end.picture for end in everything if end.picture is not None]
+                    finishing.append(self._finishers.submit(self._finish, shard, batch, results, last))
+                self._made += len(requests[first : first + size])
+            self._pen.at(None)
+        made = {position: end for done in finishing for position, end in done.result().items()}
+        ended = [end for _, end in sorted((settled | made).items())]
         seconds = {"model": model_seconds, "shard": time.perf_counter() - started}
-        record = self._committer.commit(shard, rows, pictures, seconds, writer=uuid.uuid4().hex)
-        return Receipt(shard.number, record.committed, record.quarantined, len(rows) - len(pictures), batches)
+        record = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
+        failed = sum(end.picture is None for end in made.values())
+        return Receipt(shard.number, record.committed, record.quarantined, failed, batches)
+
+    def _settled(self, shard: Shard, requests: Sequence[ImageRequest]) -> dict[int, Ended]:
+        """Position → what needs not be made: an earlier edition's, or what a writer who is gone had finished."""
+        kept = self._committer.writer.kept(shard.stem)
+        truncated = self.model.truncated([requests[position].prompt for position in kept])
+        settled = self._committer.carried_over(shard)
+        for (position, data), cut in zip(kept.items(), truncated, strict=True):
+            row = metadata_row(self.job, shard.number, requests[position], truncated=cut)
+            settled[position] = Ended(row, EncodedPicture(position, row, data))
+        return settled
+
+    def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
+        """Make some of a shard's pictures again, each in its slot, and store nothing: sha256 by position.
+
+        None for a request that fails.
+        """
+        requests, size = self._requests(shard), self.spec.resources.batch_size
+        sums: dict[int, str | None] = {}
+        for first in range(0, len(requests), size):
+            batch = {position: requests[position] for position in positions if first <= position < first + size}
+            results = self._model_thread.submit(self._make, first, batch).result() if batch else {}
+            for position, result in results.items():
+                sums[position] = None
+                if not isinstance(result, Refused):
+                    pixels, truncated = result
+                    row = metadata_row(self.job, shard.number, requests[position], truncated=truncated)
+                    sums[position] = hashlib.sha256(encode(pixels, self.spec.output.image, row)).hexdigest()
+        return sums
 
     # -- one batch ---------------------------------------------------------------------------------------
 
@@ -156,26 +184,45 @@ class Generator:
             self._slice = (shard.slice, table)
         return from_table(table.slice(shard.offset, shard.count))
 
-    def _make(self, batch: Sequence[ImageRequest]) -> list[_Result]:
-        """Pictures of a batch in its slots. If the batch fails as a whole, each request is tried by itself."""
-        given = [self._given(request) for request in batch]
-        empty = self.spec.resources.batch_size - len(batch)
-        slots = [
-            None if isinstance(pictures, Refused) else _Slot(request, *pictures)
-            for request, pictures in zip(batch, given, strict=True)
-        ] + [None] * empty
-        results: list[_Result] = self._compute_kindly(slots) if any(slots) else [Refused("")] * len(slots)
-        return [
-            pictures if isinstance(pictures, Refused) else result
-            for pictures, result in zip(given, results, strict=False)
-        ]
+    def _make_marked(
+        self, shard: Shard, attempts: Attempts, first: int, batch: Mapping[int, ImageRequest]
+    ) -> dict[int, _Result]:
+        """A batch's pictures, what is in work told before. Of a suspect batch each request is made by itself."""
+        if not attempts.suspect(first, batch):
+            self._pen.at(Mark(shard.stem, first, alone=False))
+            return self._make(first, batch)
+        results: dict[int, _Result] = {}
+        for position, request in batch.items():
+            killer = attempts.killer(position, self.spec.failures.max_attempts)
+            if killer is not None:
+                results[position] = Refused(killer)
+                continue
+            self._pen.at(Mark(shard.stem, position, alone=True))
+            results |= self._make(first, {position: request})
+        return results
+
+    def _make(self, first: int, batch: Mapping[int, ImageRequest]) -> dict[int, _Result]:
+        """Pictures of a batch, position → request, whose first slot is position ``first``.
+
+        If the batch fails as a whole, each request is tried by itself.
+        """
+        given = {position: self._given(request) for position, request in batch.items()}
+        slots: list[_Slot | None] = [None] * self.spec.resources.batch_size
+        for position, pictures in given.items():
+            if not isinstance(pictures, Refused):
+                slots[position - first] = _Slot(batch[position], *pictures)
+        results: list[_Result] = self._compute_kindly(slots) if any(slots) else []
+        return {
+            position: pictures if isinstance(pictures, Refused) else results[position - first]
+            for position, pictures in given.items()
+        }
 
     def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
         """The picture that a request starts from and its mask, as far as it has any."""
         size = request.width, request.height
         try:
             picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
-            cell = self.model.vae.config.downscale
+            cell = self.model.mask_cell
             mask = read_mask(request.mask_image, self._pictures_at, size, cell) if request.mask_image else None
         except BadPicture as error:
             return Refused(str(error))
@@ -184,14 +231,14 @@ class Generator:
     def _compute_kindly(self, slots: Sequence[_Slot | None]) -> list[_Result]:
         try:
             return self._compute(slots)
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        except self.model.device_errors as error:
             raise self._device_failed(error, slots) from None
         except Exception:
             return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
 
     def _device_failed(self, error: Exception, slots: Sequence[_Slot | None]) -> JobFailed:
         """The device's fault, not a request's. After any but a lack of memory only a new process gets it back."""
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, self.model.memory_errors):
             os._exit(1)
         lead = next(slot.request for slot in slots if slot is not None)
         return JobFailed(
@@ -204,7 +251,7 @@ class Generator:
         alone = [slot if i == place else None for i, slot in enumerate(slots)]
         try:
             return self._compute(alone)[place]
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        except self.model.device_errors as error:
             raise self._device_failed(error, alone) from None
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
@@ -213,34 +260,15 @@ class Generator:
         """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
         filled = [slot.request if slot is not None else None for slot in slots]
         first = next(slot for slot in slots if slot is not None)
-        lead, settings = first.request, self.spec.generate
-        prompts = ["" if request is None else request.prompt for request in filled]
-        latents = self.model.generate(
-            prompts,
-            ["" if request is None else request.negative_prompt for request in filled],
-            seeds=[0 if request is None else request.seed for request in filled],
-            width=lead.width,
-            height=lead.height,
-            num_inference_steps=lead.num_inference_steps,
-            guidance_scale=[lead.guidance_scale if request is None else request.guidance_scale for request in filled],
-            sampler=lead.sampler,
-            eta=settings.eta,
-            guidance_rescale=settings.guidance_rescale,
-            guidance_interval=settings.guidance_interval,
-            reading=self._reading,
-            chunks=lead.chunks,
-            init_images=_stack([slot.picture if slot else None for slot in slots], first.picture),
-            mask_images=_stack([slot.mask if slot else None for slot in slots], first.mask),
-            strength=1.0 if lead.strength is None else lead.strength,
-            output="latent",
+        pixels, finite = self.model.draw(
+            filled,
+            _stack([slot.picture if slot else None for slot in slots], first.picture),
+            _stack([slot.mask if slot else None for slot in slots], first.mask),
         )
-        pictures = self.model.decode(latents)
-        finite = pictures.isfinite().flatten(1).all(dim=1).tolist()
-        pixels = to_uint8(pictures.nan_to_num())
         for place, slot in enumerate(slots):
             if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
                 pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
-        truncated = self._truncated(prompts)
+        truncated = self.model.truncated(["" if request is None else request.prompt for request in filled])
         return [
             (pixels[slot], truncated[slot]) if finite[slot] else Refused("the picture is not finite (NaN or infinity)")
             for slot in range(len(slots))
@@ -249,13 +277,14 @@ class Generator:
     # -- after the model ---------------------------------------------------------------------------------
 
     def _finish(
-        self, shard: Shard, first: int, batch: Sequence[ImageRequest], results: Sequence[_Result], last: bool
-    ) -> list[_Ended]:
-        """Encode a batch that starts at position ``first`` of its shard and make it outlive this process."""
-        rows, pictures = [], []
-        for position, (request, result) in enumerate(zip(batch, results, strict=True), first):
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool
+    ) -> dict[int, Ended]:
+        """Encode the pictures of a batch and make them outlive this process."""
+        rows, pictures = {}, []
+        for position, request in batch.items():
+            result = results[position]
             if isinstance(result, Refused):
-                rows.append(metadata_row(self.job, shard.number, request, error=result.error))
+                rows[position] = metadata_row(self.job, shard.number, request, error=result.error)
                 continue
             pixels, truncated = result
             row = metadata_row(self.job, shard.number, request, truncated=truncated)
@@ -264,40 +293,14 @@ class Generator:
             except (OSError, ValueError) as error:  # too large for its format, say
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
                 row = metadata_row(self.job, shard.number, request, error=told)
-            rows.append(row)
+            rows[position] = row
         kept = self._committer.writer.keep(shard.stem, pictures, last=last)
+        if kept and not last:  # the last ones outlive it only with the whole shard
+            self._pen.kept()
         by_position = {picture.position: picture for picture in kept}
-        return [_Ended(row, by_position.get(position)) for position, row in enumerate(rows, first)]
-
-    def _recovered(
-        self, shard: Shard, first: int, batch: Sequence[ImageRequest], kept: Mapping[int, bytes]
-    ) -> list[_Ended]:
-        """A batch that an earlier writer finished."""
-        ended = []
-        truncated = self._truncated([request.prompt for request in batch])
-        for position, (request, cut) in enumerate(zip(batch, truncated, strict=True), first):
-            row = metadata_row(self.job, shard.number, request, truncated=cut)
-            ended.append(_Ended(row, EncodedPicture(position, row, kept[position])))
-        return ended
-
-    def _truncated(self, prompts: Sequence[str]) -> list[bool]:
-        """Which prompts are longer than the model reads."""
-        if self._reading.long_prompts == "chunk":
-            return [False] * len(prompts)
-        return [length > self.model.tokenizer.room for length in self.model.lengths(prompts, self._reading)]
+        return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
 
 
 def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:
     """One array for the whole batch, blank in empty slots; None for a batch without such pictures."""
     return None if like is None else np.stack([np.zeros_like(like) if array is None else array for array in arrays])
-
-
-def _environment(device: str, threads: int) -> dict[str, str]:
-    named = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "sdbatch": __version__,
-        "torch": str(torch.__version__),
-        "pillow": PIL.__version__,
-        "device": named,
-        "threads": str(threads),
-    }

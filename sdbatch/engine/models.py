@@ -5,96 +5,69 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from sdbatch.diffusion import Adaptation, Checkpoint, LatentDiffusion, Lora, TextualInversion, open_checkpoint
-from sdbatch.diffusion.adapters import adapt
-from sdbatch.diffusion.locate import local_path
-from sdbatch.diffusion.textual_inversion import read_embedding
+from sdbatch.engine.image_model import FoundModel, ImageModel
+from sdbatch.engine.null import NULL, NullModel, find_null
 from sdbatch.errors import ModelError, StorageError
-from sdbatch.spec import Model
+from sdbatch.spec import JobSpec, Model
 from sdbatch.storage import open_store
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """A checkpoint with all that is added to it, and one checksum over everything that decides what it computes."""
-
-    checkpoint: Checkpoint
-    sha256: str
 
 
 def find_model(model: Model) -> FoundModel:
     """Find the model on this machine, fetching what lies elsewhere. Raises ModelError."""
-    uri, tokenizer = bring(model.uri), None if model.tokenizer is None else bring(model.tokenizer)
-    added = _adaptations(model)
-    checkpoint = open_checkpoint(uri, tokenizer, model.prediction_type, added, model.timestep_spacing)
-    networks = {component.name: component.skeleton() for component in checkpoint.components}
-    adapt(checkpoint, networks, added)  # to networks without weights: only to see that everything fits
-    return FoundModel(checkpoint, _sha256(checkpoint, added))
+    if model.uri == NULL:
+        return find_null()
+    from sdbatch.engine.latent_model import find_latent  # torch takes seconds to import
+
+    return find_latent(_with_uris(model, bring))
 
 
-def load_model(model: Model, device: str) -> tuple[LatentDiffusion, str]:
-    """The model on ``device``, as the job wants it, and the checksum of what was loaded."""
-    added = _adaptations(model)
-    loaded = LatentDiffusion.from_pretrained(
-        bring(model.uri),
-        device,
-        model.dtype,
-        tokenizer=None if model.tokenizer is None else bring(model.tokenizer),
-        prediction_type=model.prediction_type,
-        timestep_spacing=model.timestep_spacing,
-        adaptations=added,
-    )
-    loaded.vae_tiling, loaded.vae_slicing = model.vae_tiling, model.vae_slicing
-    loaded.offload_text_encoders = model.offload_text_encoders
-    return loaded, _sha256(loaded.checkpoint, added)
+def load_model(spec: JobSpec) -> ImageModel:
+    """The job's model, ready to draw in the thread that calls this. Raises ModelError."""
+    if spec.model.uri == NULL:
+        return NullModel()
+    from sdbatch.engine.latent_model import LatentModel  # as above
+
+    return LatentModel(_with_uris(spec.model, bring), spec.generate, spec.resources)
 
 
 def located(model: Model, found: FoundModel) -> Model:
     """The model's spec for processes with other working folders: paths whole, a Hub model's revision pinned."""
-    uri = model.uri
-    if uri.startswith("hf:") and "@" not in uri and "snapshots" in found.checkpoint.path.parts:
-        parts = found.checkpoint.path.parts
+    parts = found.path.parts if found.path is not None else ()
+    if model.uri.startswith("hf:") and "@" not in model.uri and "snapshots" in parts:
         revision = parts[len(parts) - parts[::-1].index("snapshots")]
-        owner, name, *file = uri.removeprefix("hf:").split("/", 2)
-        uri = "/".join([f"hf:{owner}/{name}@{revision}", *file])
+        owner, name, *file = model.uri.removeprefix("hf:").split("/", 2)
+        model = model.model_copy(update={"uri": "/".join([f"hf:{owner}/{name}@{revision}", *file])})
+    return _with_uris(model, _whole)
+
+
+def _with_uris(model: Model, change: Callable[[str], str]) -> Model:
+    """The model's spec with ``change`` made to everything that it says of where things lie."""
     return model.model_copy(
         update={
-            "uri": _whole(uri),
-            "tokenizer": None if model.tokenizer is None else _whole(model.tokenizer),
-            "loras": [lora.model_copy(update={"uri": _whole(lora.uri)}) for lora in model.loras],
-            "embeddings": [word.model_copy(update={"uri": _whole(word.uri)}) for word in model.embeddings],
+            "uri": change(model.uri),
+            "tokenizer": None if model.tokenizer is None else change(model.tokenizer),
+            "loras": [lora.model_copy(update={"uri": change(lora.uri)}) for lora in model.loras],
+            "embeddings": [word.model_copy(update={"uri": change(word.uri)}) for word in model.embeddings],
         }
     )
 
 
 def _whole(uri: str) -> str:
-    elsewhere = uri.startswith(("builtin:", "hf:", "s3://"))
-    return uri if elsewhere else str(local_path(uri).absolute())
+    if uri.startswith(("builtin:", "hf:", "s3://")):
+        return uri
+    from sdbatch.diffusion.locate import local_path  # as above
 
-
-def _adaptations(model: Model) -> tuple[Adaptation, ...]:
-    loras = [Lora(local_path(bring(lora.uri)), lora.weight) for lora in model.loras]
-    words = [TextualInversion(local_path(bring(word.uri)), word.token) for word in model.embeddings]
-    return (*loras, *words)
-
-
-def _sha256(checkpoint: Checkpoint, added: tuple[Adaptation, ...]) -> str:
-    if not added:
-        return checkpoint.fingerprint()
-    digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    for adaptation in added:
-        with adaptation.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        if isinstance(adaptation, TextualInversion):
-            digest.update((adaptation.token or read_embedding(adaptation.path).token).encode())
-    return digest.hexdigest()
+    return str(local_path(uri).absolute())
 
 
 def bring(uri: str) -> str:
-    """A path for ``s3://``, fetched once into the user's cache; anything else as it is. Raises ModelError."""
+    """A path for ``s3://``, fetched once into the user's cache; anything else as it is. Raises ModelError, also for
+    ``builtin:null``, of which there is nothing to bring."""
+    if uri == NULL:
+        raise ModelError(f"model '{uri}' has no network: it serves to measure jobs, and there is nothing else to it")
     if not uri.startswith("s3://"):
         return uri
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdbatch/models"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import posixpath
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdbatch.errors import ObjectNotFound
 from sdbatch.storage import read_object
 
-#: A picture with more pixels than this is refused before it is unpacked.
+#: A picture with more pixels than this is refused before it is unpacked, as is one with a longer side: resizing takes
+#: memory by both.
 MOST_PIXELS = 64_000_000
+MOST_SIDE = 65_535
 MOST_BYTES = 256_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -41,14 +44,12 @@ def read_mask(where: str, base: str, size: tuple[int, int], cell: int) -> np.nda
 
 
 def _open(where: str, base: str, field: str) -> Image.Image:
-    scheme, there, path = (where if "://" in where or where.startswith("/") else f"{base}/{where}").rpartition("://")
-    uri = f"{scheme}{there}{posixpath.normpath(path)}"
-    data = _read(uri, field)
+    data = _read(_address(where, base, field), field)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MOST_PIXELS or max(image.size) > MOST_SIDE:
                 raise BadPicture(f"{field}: {where} has {image.width}x{image.height} pixels, more than are read")
             image = ImageOps.exif_transpose(image)
             # Sixteen bits a pixel: Pillow would cut them off at 255 instead of scaling them.
@@ -57,8 +58,25 @@ def _open(where: str, base: str, field: str) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadPicture(f"{field}: {where} has more pixels than are read") from None
+    except UnidentifiedImageError:
+        raise BadPicture(f"{field}: {where} is no PNG, JPEG or WebP picture that can be read") from None
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise BadPicture(f"{field}: {where} is no PNG, JPEG or WebP picture that can be read: {error}") from None
+
+
+def _address(where: str, base: str, field: str) -> str:
+    """A whole path or an ``s3://`` address, without ``..``. Rows may name any that there is."""
+    whole = where if "://" in where or where.startswith("/") else f"{base}/{where}"
+    scheme, _, path = whole.rpartition("://")
+    path = posixpath.normpath(path)
+    if scheme in {"", "file"} and path.startswith("/"):
+        return path
+    if scheme == "s3" and _IN_BUCKET.match(path):
+        return f"s3://{path}"
+    raise BadPicture(f"{field}: should be a path or s3://bucket/key; nothing else is read")
+
+
+_IN_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/.")
 
 
 def _read(uri: str, field: str) -> bytes:
@@ -70,11 +88,15 @@ def _read(uri: str, field: str) -> bytes:
             raise BadPicture(f"{field}: {error}") from None
     path = Path(uri)
     try:
-        if not path.is_file():
+        if not path.is_file():  # a pipe or a device might never end
             raise BadPicture(f"{field}: {uri} {'is no file' if path.exists() else 'does not exist'}")
-        if path.stat().st_size > MOST_BYTES:
-            raise BadPicture(f"{field}: {uri} has {path.stat().st_size:,} bytes, more than are read")
-        return path.read_bytes()
+        size = path.stat().st_size
+        if size == 0:  # as what the kernel makes up on reading, such as /proc/kmsg, says it is
+            raise BadPicture(f"{field}: {uri} is empty")
+        if size > MOST_BYTES:
+            raise BadPicture(f"{field}: {uri} has {size:,} bytes, more than are read")
+        with path.open("rb") as file:
+            return file.read(size)
     except OSError as error:
         raise BadPicture(f"{field}: {uri} can't be read: {error.strerror}") from None
 

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
 
 import PIL
 import pyarrow as pa
-import torch
 
 from sdbatch import __version__
-from sdbatch.diffusion import SAMPLERS
-from sdbatch.diffusion.prompt import chunks_needed
-from sdbatch.diffusion.samplers import most_steps
-from sdbatch.engine.models import FoundModel, find_model, located
-from sdbatch.engine.reading import check_columns, read_slices
+from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
+from sdbatch.engine.image_model import FoundModel
+from sdbatch.engine.models import find_model, located
+from sdbatch.engine.reading import check_columns, read_ids, read_slices
+from sdbatch.engine.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
 from sdbatch.errors import InputError, OutputError, StorageError, UsageError
-from sdbatch.ledger import Job, Shard, find_job, job_fingerprint, refuse_changes, write_job, write_slice
-from sdbatch.prompts import (
-    ImageRequest,
-    ModelFacts,
-    OddSize,
-    RowIds,
-    Run,
-    Table,
-    changed_files,
-    cut,
-    find_table,
-    odd_sizes,
-    requests_of_slice,
-    to_table,
+from sdbatch.ledger import (
+    Job,
+    Part,
+    Shards,
+    SliceRows,
+    find_job,
+    part_fingerprint,
+    read_slice_rows,
+    refuse_changes,
+    write_job,
+    write_slice_rows,
 )
+from sdbatch.prompts import OddSize, Table, changed_files, find_table, unlike_growth
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store, open_store
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,10 @@ class Prepared:
 def prepare(spec: JobSpec) -> Prepared:
     """Look up everything that the spec names. Raises ModelError, InputError or OutputError."""
     model = find_model(spec.model)
-    most = min(encoder.config.num_hidden_layers for encoder in model.checkpoint.text_encoders) - 1
-    if spec.generate.clip_skip > most:
-        raise UsageError(f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {most}")
+    if spec.generate.clip_skip > model.most_clip_skip:
+        raise UsageError(
+            f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {model.most_clip_skip}"
+        )
     table = find_table(spec.input)
     check_columns(spec.input, table)
     return Prepared(spec, model, table, open_output(spec))
@@ -89,89 +87,124 @@ def open_output(spec: JobSpec) -> Store:
     return store
 
 
-def find_plan(prepared: Prepared) -> Job | None:
-    """The plan that stands in the output, if any. Raises PlanChanged when it was made from something else."""
+def find_plan(prepared: Prepared, extend: bool = False) -> Job | None:
+    """The plan that stands in the output, if any. Raises PlanChanged when it was made from something else.
+
+    With ``extend`` the table may be one that has grown, as far as its files can tell.
+    """
     job = find_job(prepared.store)
     if job is not None:
-        _refuse_changes(prepared, job)
+        _refuse_changes(prepared, job, (unlike_growth if extend else changed_files)(job.input_files, prepared.table))
     return job
 
 
-def _refuse_changes(prepared: Prepared, job: Job) -> None:
-    changes = changed_files(job.input_files, prepared.table)
+def input_changed(prepared: Prepared, job: Job) -> bool:
+    """Is any file of the table not as it was when the job was planned?"""
+    return bool(changed_files(job.input_files, prepared.table))
+
+
+def _refuse_changes(prepared: Prepared, job: Job, changes: list[str]) -> None:
     refuse_changes(job, prepared.spec.deciding(), prepared.model.sha256, changes, prepared.store.uri)
 
 
 def make_plan(prepared: Prepared, on_rows: Callable[[int], None]) -> Job:
-    """Read the table through Ray Data and write the plan; ``on_rows`` hears how many rows have been read.
+    """Read the table through Ray Data and write the plan; ``on_rows`` hears how many rows have been planned.
 
     A pure function of spec, input and model. Raises InputError, and leaves no plan, when sizes don't fit.
     """
+    doubles, source = _find_doubles(prepared), prepared.spec.input
+    part, shards, first_fault = _plan_part(prepared, (), read_slices(source, prepared.table), doubles, on_rows)
+    if not part.planned:
+        raise InputError(f"input.uri: {source.uri} has no rows")
+    if part.faulty == part.planned:
+        raise InputError(f"input.uri: {source.uri}: of {part.planned:,} images none can be made; {first_fault}")
+    return _write_job(prepared, (part,), shards)
+
+
+def extend_plan(prepared: Prepared, job: Job, on_rows: Callable[[int], None]) -> Job:
+    """Plan the rows by which the table has grown since; the ``job`` itself where there are none.
+
+    Raises PlanChanged unless all rows that were planned are still there as they were, before the new ones.
+    """
+    planned, doubles = read_slice_rows(prepared.store, job), _find_doubles(prepared)
+    slices = read_slices(prepared.spec.input, prepared.table, [rows.rows for rows in planned])
+    found = slices_digested(islice(slices, len(planned)))
+    row = 0
+    for before in planned:
+        now = next(found, SliceRows(0, ""))
+        if now != before:
+            told = f"input: rows {row + 1:,} to {row + before.rows:,} are no longer those that were planned"
+            if now.rows < before.rows:
+                told = f"input: ends after row {row + now.rows:,}; {job.rows:,} rows were planned"
+            _refuse_changes(prepared, job, [told])
+        row += before.rows
+        on_rows(row)
+    part, shards, _ = _plan_part(prepared, job.parts, slices, doubles, on_rows)
+    return _write_job(prepared, (*job.parts, part), shards) if part.rows else job
+
+
+def _find_doubles(prepared: Prepared) -> Doubles:
+    source = prepared.spec.input
+    return find_doubles(read_ids(source, prepared.table, ID_ROWS)) if "id" in source.columns else Doubles({})
+
+
+def _plan_part(
+    prepared: Prepared,
+    before: Sequence[Part],
+    slices: Iterable[pa.Table],
+    doubles: Doubles,
+    on_rows: Callable[[int], None],
+) -> tuple[Part, Shards, str | None]:
+    """Plan the slices that come after those of the parts ``before``: their part, shards and first fault."""
     spec, store = prepared.spec, prepared.store
-    checkpoint = prepared.model.checkpoint
     versions = [file.version for file in prepared.table.files]
-    fingerprint = job_fingerprint(spec.deciding(), versions, prepared.model.sha256)
-    ids, sizes, shards, slices = RowIds("id" in spec.input.columns), _OddSizes(), list[Shard](), 0
-    facts = ModelFacts(
-        checkpoint.default_size,
-        repaints=checkpoint.unet.config.in_channels == 9,
-        most_steps={name: most_steps(name, checkpoint.schedule) for name in SAMPLERS},
-    )
-    rows_read = planned = faulty = 0
+    fingerprint = part_fingerprint(spec.deciding(), versions, prepared.model.sha256, before)
+    first_row, first_slice = sum(part.rows for part in before), sum(part.slices for part in before)
+    first_shard = sum(part.shards for part in before)
+    part = Part(fingerprint, rows=0, slices=0, shards=0, planned=0, faulty=0)
+    sizes, shards, made_from = _OddSizes(), list[Shards](), list[SliceRows]()
     first_fault: str | None = None
-    for rows in read_slices(spec.input, prepared.table):
-        requests = requests_of_slice(rows, rows_read, spec, facts, ids)
-        sizes.add(odd_sizes(requests, rows_read))
-        rows_read += len(rows)
-        on_rows(rows_read)
-        if sizes.count:
-            continue  # no plan will come of it, but the rest is counted
-        if spec.generate.long_prompts == "chunk":
-            requests = _in_chunks(requests, prepared)
-        runs = cut(requests, spec.output.shard_size)
-        shards += _shards_of(runs, first=len(shards), number=slices)
-        grouped = [request for run in runs for request in run.requests]
-        write_slice(store, fingerprint, slices, to_table(grouped, spec.input.kept))
-        slices += 1
-        planned += len(requests)
-        faults = [request.fault for request in requests if request.fault is not None]
-        faulty += len(faults)
-        first_fault = first_fault or next(iter(faults), None)
-    sizes.refuse(rows_read)
-    if not planned:
-        raise InputError(f"input.uri: {spec.input.uri} has no rows")
-    if faulty == planned:
-        raise InputError(f"input.uri: {spec.input.uri}: of {planned:,} images none can be made; {first_fault}")
+    planning = Planning(spec, prepared.model, store.uri, fingerprint)
+    for found in slices_planned(planning, slices, first_slice, first_row, doubles):
+        sizes.add(found)
+        shards.append(found.shards.numbered(first_shard + part.shards, first_slice + part.slices))
+        made_from.append(found.rows)
+        first_fault = first_fault or found.first_fault
+        part = Part(
+            fingerprint,
+            part.rows + found.rows.rows,
+            part.slices + 1,
+            part.shards + len(found.shards),
+            part.planned + found.planned,
+            part.faulty + found.faulty,
+        )
+        on_rows(first_row + part.rows)
+    sizes.refuse(part.rows)
+    if part.rows:
+        write_slice_rows(store, fingerprint, made_from)
+    return part, Shards.joined(shards), first_fault
+
+
+def _write_job(prepared: Prepared, parts: tuple[Part, ...], shards: Shards) -> Job:
+    """Finish the plan, whose last part has these shards. Raises PlanChanged if another driver has planned otherwise."""
     job = Job(
-        spec=spec.model_dump(mode="json"),
-        deciding=spec.deciding(),
+        spec=prepared.spec.model_dump(mode="json"),
+        deciding=prepared.spec.deciding(),
         input_files=[
             {"name": file.name, "bytes": file.bytes, "version": file.version} for file in prepared.table.files
         ],
         model_sha256=prepared.model.sha256,
         versions={
             "sdbatch": __version__,
-            "torch": str(torch.__version__),
+            "torch": version("torch"),
             "pyarrow": pa.__version__,
             "pillow": PIL.__version__,
         },
-        planned=planned,
-        faulty=faulty,
-        shards=len(shards),
+        parts=parts,
     )
-    standing = write_job(store, job, shards)
-    _refuse_changes(prepared, standing)  # another driver may have planned something else meanwhile
+    standing = write_job(prepared.store, job, shards)
+    _refuse_changes(prepared, standing, changed_files(standing.input_files, prepared.table))
     return standing
-
-
-def _in_chunks(requests: Sequence[ImageRequest], prepared: Prepared) -> list[ImageRequest]:
-    """Each request with as many chunks as its prompts need: part of its shape, so that no neighbour changes it."""
-    texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
-    emphasis = prepared.spec.generate.emphasis
-    by_encoder = [chunks_needed(t, texts, emphasis=emphasis) for t in prepared.model.checkpoint.tokenizers]
-    counts = [max(of_text) for of_text in zip(*by_encoder, strict=True)]
-    both = zip(counts[::2], counts[1::2], strict=True)
-    return [replace(request, chunks=max(pair)) for request, pair in zip(requests, both, strict=True)]
 
 
 class _OddSizes:
@@ -181,11 +214,9 @@ class _OddSizes:
         self.count = 0
         self._first: list[OddSize] = []
 
-    def add(self, found: Iterable[OddSize]) -> None:
-        for size in found:
-            self.count += 1
-            if len(self._first) < _SHOWN:
-                self._first.append(size)
+    def add(self, found: PlannedSlice) -> None:
+        self.count += found.odd
+        self._first += found.first_odd[: SHOWN - len(self._first)]
 
     def refuse(self, rows: int) -> None:
         """Raise InputError if there are any."""
@@ -193,24 +224,5 @@ class _OddSizes:
             shown = ", ".join(f"row {size.row + 1}: {size.width}x{size.height}" for size in self._first)
             raise InputError(
                 f"input: {self.count:,} of {rows:,} rows have a width or height that is no multiple of 8 ({shown}"
-                f"{', …' if self.count > _SHOWN else ''}); set generate.round_size to nearest, down or up to round them"
+                f"{', …' if self.count > SHOWN else ''}); set generate.round_size to nearest, down or up to round them"
             )
-
-
-def _shards_of(runs: list[Run], first: int, number: int) -> list[Shard]:
-    """Where each run lies in slice ``number``, which holds the runs one after the other."""
-    shards, offset = [], 0
-    for at, run in enumerate(runs, first):
-        lead = run.shape or run.requests[0].shape
-        shards.append(
-            Shard(
-                number=at,
-                slice=number,
-                offset=offset,
-                count=len(run.requests),
-                makeable=run.shape is not None,
-                **asdict(lead),
-            )
-        )
-        offset += len(run.requests)
-    return shards

@@ -1,48 +1,64 @@
-"""The pool of generator actors: hands out shards, collects receipts, replaces actors that die.
+"""The pool of generator actors: hands out shards, collects receipts, and sees to it that actors are there.
 
 Shards are handed out one small descriptor at a time, straight to actors: the driver knows who works on what,
-so a death costs exactly the shards that the dead actor held, and every retry is counted.
+so a death costs exactly the shards that the dead actor held. What the actor's model was at is in the logbook:
+the death is held against that batch, and in the end against the one request that kills. Deaths that nothing
+explains end the job when nothing gets done between them.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
+from sdbatch.engine.cluster import draining_nodes
+from sdbatch.engine.deaths import Death, inquire
 from sdbatch.engine.generator import Generator, Receipt
+from sdbatch.engine.logbook import Mark, Pen, open_logbook
 from sdbatch.errors import JobFailed, SdbatchError
 from sdbatch.ledger import Job, Shard
+from sdbatch.ledger.attempts import UNTRIED, Attempts, put_attempts, read_attempts, troubled_shards
 from sdbatch.spec import JobSpec
+from sdbatch.storage import open_store
 
 #: Shards an actor holds at once: one with the model, one being stored.
 _HELD = 2
 #: Seconds between two looks at how far the actors are.
 _POLL = 1.0
+#: Deaths in a row at one place, with nothing done anywhere between them, that end the job: while the model is
+#: loaded, and at any other time.
+_LOADS, _IN_A_ROW = 2, 5
+#: Requests found to kill, with nothing done between them, that end the job: it is hardly the requests then.
+_KILLERS = 10
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member:
-    """One place in the pool and the actor that fills it."""
+    """An actor of the pool. ``deaths``: of those in its place before it, with nothing done since."""
 
     number: int
     actor: Any
     load: ray.ObjectRef[Any]
+    deaths: int
     ready: bool = False
+    node: str = ""  # known a little after it is ready
     held: dict[ray.ObjectRef[Any], Shard] = field(default_factory=dict)
+    made: int = 0  # images that left the model, when last asked
+    delivered: int = 0  # images of the shards that it finished
 
 
 class Pool:
     """Generator actors for one job. ``on_look(images_made, ready, deaths)`` is called about once a second."""
 
     def __init__(self, spec: JobSpec, job: Job, on_look: Callable[[int, int, int], None]) -> None:
-        self._spec, self._job, self._on_look = spec, job, on_look
+        self._spec, self._on_look = spec, on_look
         resources = spec.resources
         options: dict[str, Any] = {
             "num_cpus": resources.cpus_per_actor,
@@ -53,23 +69,28 @@ class Pool:
         }
         self._remote: Any = ray.remote(**options)(Generator)
         self._settings = (spec.model_dump(mode="json"), ray.put(job))
-        self._attempts: Counter[int] = Counter()
-        self._deaths = 0
-        self._spare_deaths = 2 * resources.actors + 2  # of actors that died before they ever were ready
-        self.ready_at: float | None = None  # when the first actor had its model loaded
-        self._members: list[_Member] = []
+        self._logbook = open_logbook()
+        self._store = open_store(spec.output.uri)
+        self._attempts: dict[str, Attempts] = {}
+        self._troubled = troubled_shards(self._store)
         self._waiting: Iterator[Shard] = iter(())
-        self._again = deque[Shard]()  # taken back from the dead, and the first ones
-        self._made: dict[int, int] = {}
+        self._todo = deque[Shard]()  # the next of those, and before them what was taken back from the dead
+        self._members: list[_Member] = []
+        self._vacant: list[int] = []  # places of the dead that nobody has taken yet, by their deaths
+        self._draining: set[str] = set()  # nodes that get no more shards
+        self._hired = 0
+        self._delivered = 0  # images, by actors that are gone
+        self._kept = 0  # batches that outlive their makers, when last asked
+        self._killers = 0  # found since anything got done
+        self.deaths = 0
+        self.ready_at: float | None = None  # when the first actor had its model loaded
 
     def run(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
         """Have every shard made; yields receipts as they come. Raises JobFailed when that can't be done."""
         self._waiting = iter(shards)
-        self._again.extend(islice(self._waiting, self._spec.resources.actors))
-        self._members = [self._start(number) for number in range(len(self._again))]  # never more than shards
         looked = time.monotonic()
         try:
-            while self._hand_out():
+            while self._staff():
                 refs = [ref for member in self._members for ref in member.held]
                 refs += [member.load for member in self._members if not member.ready]
                 done, _ = ray.wait(refs, num_returns=1, timeout=_POLL)
@@ -79,29 +100,50 @@ class Pool:
                     self._look()
                     looked = time.monotonic()
         finally:
-            for member in self._members:
-                ray.kill(member.actor)
+            for actor in (*(member.actor for member in self._members), self._logbook):
+                ray.kill(actor)
 
-    def _start(self, number: int) -> _Member:
-        spec, job = self._settings
-        actor = self._remote.remote(spec, job)
-        return _Member(number, actor, actor.load.remote())
+    # -- who works on what -------------------------------------------------------------------------------
 
-    def _hand_out(self) -> bool:
-        """Fill up every actor that is ready, the emptiest first. False if there is nothing left to do at all."""
-        left = True
-        for held in range(_HELD):
+    def _staff(self) -> bool:
+        """Give work to who is ready, let go whom there is none for, ask for more where it helps. False: all is done."""
+        most = self._spec.resources.most
+        self._todo.extend(islice(self._waiting, max(_HELD * most + 1 - len(self._todo), 0)))
+        for held in range(_HELD):  # the emptiest first
             for member in self._members:
-                if not member.ready or len(member.held) > held or not left:
-                    continue
-                shard = self._again.popleft() if self._again else next(self._waiting, None)
-                if shard is None:
-                    left = False
-                    continue
-                ref = member.actor.run_shard.options(concurrency_group="shards").remote(shard)
-                member.held[ref] = shard
-        # Actors that are still on their way when the last shard is done are not waited for.
-        return any(member.held for member in self._members) or (left and bool(self._members))
+                if self._todo and member.ready and len(member.held) <= held and member.node not in self._draining:
+                    self._hand(member, self._todo.popleft())
+        for member in [member for member in self._members if not member.held]:
+            if not self._todo or member.node in self._draining:
+                self._leave(member)
+        pending = sum(not member.ready for member in self._members)
+        staying = sum(member.node not in self._draining for member in self._members)
+        for _ in range(min(most - staying, len(self._todo) - pending)):
+            self._hire()
+        return bool(self._members)
+
+    def _hand(self, member: _Member, shard: Shard) -> None:
+        run_shard = member.actor.run_shard.options(concurrency_group="shards")
+        member.held[run_shard.remote(shard, self._tried(shard.stem))] = shard
+
+    def _tried(self, stem: str) -> Attempts:
+        if stem in self._troubled and stem not in self._attempts:
+            self._attempts[stem] = read_attempts(self._store, stem)  # by an earlier driver
+        return self._attempts.get(stem, UNTRIED)
+
+    def _hire(self) -> None:
+        """Ask for an actor. Until there is room for it, it shows in what Ray's autoscaler knows of demand."""
+        self._hired += 1
+        actor = self._remote.remote(*self._settings, Pen(self._logbook, self._hired))
+        deaths = self._vacant.pop() if self._vacant else 0
+        self._members.append(_Member(self._hired, actor, actor.load.remote(), deaths))
+
+    def _leave(self, member: _Member) -> None:
+        ray.kill(member.actor)  # or what is left of it: it may only be out of reach
+        self._members.remove(member)
+        self._delivered += member.delivered
+
+    # -- what comes of it --------------------------------------------------------------------------------
 
     def _settle(self, ref: ray.ObjectRef[Any]) -> Iterator[Receipt]:
         member = next(member for member in self._members if ref in member.held or ref == member.load)
@@ -111,52 +153,77 @@ class Pool:
             cause = error.cause
             if isinstance(cause, SdbatchError):
                 raise cause from None
-            raise JobFailed(f"a generator failed: {type(cause).__name__}: {cause}") from None
+            raise JobFailed(f"a generator failed: {type(cause).__name__}: {cause}".rstrip(": ")) from None
         except (ActorUnschedulableError, RuntimeEnvSetupError) as error:
             raise JobFailed(f"a generator can't be started: {' '.join(str(error).split())}") from None
-        except RayError as death:  # the actor or its node died, or ran out of memory
-            self._bury(member, death)
+        except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise JobFailed(f"a generator can't be started: {str(error).splitlines()[-1]}") from None
+            self._bury(member, inquire(member.actor, error))
             return
         if ref == member.load:
             member.ready = True
             self.ready_at = self.ready_at or time.perf_counter()
         else:
-            del member.held[ref]
+            member.delivered += member.held.pop(ref).count
+            self._got_on()
             yield result
 
-    def _bury(self, member: _Member, death: RayError) -> None:
-        """Take back a dead actor's shards and put another actor in its place, a bounded number of times."""
-        ray.kill(member.actor)  # it may only be out of reach
-        self._deaths += 1
-        if not member.ready:
-            self._spare_deaths -= 1
-            if self._spare_deaths < 0:
-                told = " ".join(str(death).split())
-                raise JobFailed(f"generators die before the model is loaded, {self._deaths} times now: {told}")
-        for shard in member.held.values():
-            self._attempts[shard.number] += 1
-            if self._attempts[shard.number] >= self._spec.failures.max_attempts:
+    def _bury(self, member: _Member, death: Death) -> None:
+        """Take back a dead actor's shards, find what is to blame, and leave its place to another."""
+        self.deaths += 1
+        mark, kept = ray.get(self._logbook.last.remote(member.number))
+        if kept != self._kept:
+            self._kept = kept
+            self._got_on()
+        self._todo.extendleft(reversed(member.held.values()))
+        self._leave(member)
+        blamed = mark is not None and not death.innocent and self._blame(mark, death)
+        deaths = member.deaths + (not blamed)
+        most = _LOADS if not member.ready and not death.machine else _IN_A_ROW
+        if deaths >= most:
+            when = "before the model was loaded" if not member.ready else "and nothing got done between their deaths"
+            raise JobFailed(f"{deaths} generators died one after the other, {when}; the last: {death.how}")
+        self._vacant.append(deaths)
+
+    def _blame(self, mark: Mark, death: Death) -> bool:
+        """Hold a death against the batch or the request that was in work, and write it down."""
+        attempts = self._tried(mark.stem).after(mark.position, mark.alone, death.how)
+        self._attempts[mark.stem] = attempts
+        put_attempts(self._store, mark.stem, attempts)
+        if mark.alone and attempts.killer(mark.position, self._spec.failures.max_attempts):
+            self._killers += 1
+            if self._killers > _KILLERS:
                 raise JobFailed(
-                    f"shard {shard.number} was in work at the death of {self._attempts[shard.number]} generators "
-                    "(failures.max_attempts); one of its requests may kill the process, or memory runs short: "
-                    "see the Ray logs, or lower resources.batch_size"
+                    f"{self._killers} requests in a row each killed the process that made it, so it may not be them; "
+                    f"see the Ray logs, or lower resources.batch_size if memory runs short; the last: {death.how}"
                 )
-            self._again.append(shard)
-        self._members[self._members.index(member)] = self._start(member.number)
+        return True
+
+    def _got_on(self) -> None:
+        """Something got done: deaths so far were not in vain."""
+        self._killers = 0
+        self._vacant = [0] * len(self._vacant)
+        for member in self._members:
+            member.deaths = 0
 
     def _look(self) -> None:
         """Ask the living how many images they made; who is too busy to answer is asked again next time."""
-        asked = {
-            member.actor.images_made.options(concurrency_group="watch").remote(): member.number
-            for member in self._members
-            if member.ready
-        }
+        self._draining = draining_nodes()
+        asked: dict[ray.ObjectRef[Any], tuple[_Member, str]] = {}
+        for member in self._members:
+            if member.ready:
+                asked[member.actor.images_made.options(concurrency_group="watch").remote()] = member, "made"
+            if member.ready and not member.node:
+                asked[member.actor.node.options(concurrency_group="watch").remote()] = member, "node"
         if asked:
             answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.2)
             for ref in answered:
+                member, fact = asked[ref]
                 try:
-                    self._made[asked[ref]] = ray.get(ref)
+                    setattr(member, fact, ray.get(ref))
                 except RayError:
-                    self._made.pop(asked[ref], None)
+                    continue  # its shards will tell
+        made = sum(max(member.made, member.delivered) for member in self._members)
         ready = sum(member.ready for member in self._members)
-        self._on_look(sum(self._made.values()), ready, self._deaths)
+        self._on_look(self._delivered + made, ready, self.deaths)

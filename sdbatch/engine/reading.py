@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import pyarrow as pa
@@ -25,46 +26,70 @@ Row = dict[str, str | None]
 
 #: No line of a table may be longer than this.
 _BLOCK_BYTES = 8 << 20
+_TOO_LONG = f"a row has more than {_BLOCK_BYTES >> 20} MiB; shorten it, or close the quote it opens"
 _LINE = "line"
 #: How much of a JSONL file is looked at to learn its columns.
 _HEAD_BYTES = 1 << 20
 
 
-def read_slices(source: Input, table: Table) -> Iterator[list[Row]]:
-    """The rows of the table in order, SLICE_ROWS at a time (the last slice may be shorter).
+def read_slices(source: Input, table: Table, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
+    """The rows of the table in order: slices of as many rows as ``planned`` says, then of SLICE_ROWS.
 
-    Rows have the spec's field names, ``keep:NAME`` for kept columns, and ``fault`` where a row is unreadable.
-    Raises InputError for a file that can't be read or lacks a column.
+    Columns, all of text, have the spec's field names, ``keep:NAME`` for kept columns, and ``fault`` where a row is
+    unreadable. The last slice may be shorter. Raises InputError for a file that can't be read or lacks a column.
     """
-    wanted = _wanted_columns(source)
     check_columns(source, table)
+    return _read(source, table, _wanted_columns(source), chain(planned, repeat(SLICE_ROWS)))
+
+
+def read_ids(source: Input, table: Table, rows: int) -> Iterator[pa.Table]:
+    """The column ``id`` alone, so many rows at a time."""
+    return (read.select(["id"]) for read in _read(source, table, {"id": source.columns["id"]}, repeat(rows)))
+
+
+def _read(source: Input, table: Table, wanted: Mapping[str, str], sizes: Iterator[int]) -> Iterator[pa.Table]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.target_max_block_size = 2 * _BLOCK_BYTES  # whoever reads holds several blocks, and copies of them
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    left = math.inf if source.limit is None else source.limit
     to_text = partial(_to_text, wanted=wanted, lines=table.format == "jsonl")
     try:
-        dataset = _dataset(table, wanted).map_batches(to_text, batch_format="pyarrow")
-        batch: Any
-        for batch in dataset.iter_batches(batch_size=SLICE_ROWS, batch_format="pyarrow"):
-            rows: list[Row] = batch.slice(0, int(min(left, len(batch)))).to_pylist()
-            left -= len(rows)
-            if rows:
-                yield rows
-            if left <= 0:
-                return
+        dataset = _dataset(table, wanted).map_batches(to_text, batch_format="pyarrow", batch_size=SLICE_ROWS)
+        batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from _cut(batches, sizes, math.inf if source.limit is None else source.limit)
     except (RayError, OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"input.uri: {source.uri} can't be read: {_root_cause(error)}") from None
+        raise InputError(f"input.uri: {source.uri} can't be read: {_remedy(error, table)}") from None
+
+
+def _cut(batches: Iterable[pa.Table], sizes: Iterator[int], left: float) -> Iterator[pa.Table]:
+    """The first ``left`` rows, whatever batches they come in, in tables of these sizes."""
+    size, held, rows = next(sizes), list[pa.Table](), 0
+    for batch in batches:
+        while len(batch) and left > 0:
+            part = batch.slice(0, int(min(size - rows, left)))
+            batch = batch.slice(len(part))
+            held.append(part)
+            rows, left = rows + len(part), left - len(part)
+            if rows == size:
+                yield pa.concat_tables(held)
+                size, held, rows = next(sizes), [], 0
+        if left <= 0:
+            break
+    if held:
+        yield pa.concat_tables(held)
 
 
 def check_columns(source: Input, table: Table) -> None:
     """Raise InputError if the table's first file can't be opened or lacks a column that the spec names."""
     first = table.files[0]
     try:
+        if compressed := _compressed(table, first):
+            raise InputError(f"input.uri: {compressed}")
         names = _column_names(table.format, first)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"input.uri: {first.uri} can't be read as {table.format}: {error}") from None
+        told = _TOO_LONG if _is_too_long(str(error), table) else error
+        raise InputError(f"input.uri: {first.uri} can't be read as {table.format}: {told}") from None
     for field, column in _wanted_columns(source).items():
         where = f"input.keep: {field[5:]}" if field.startswith("keep:") else f"input.columns.{field}"
         if names.count(column) == 0:
@@ -87,6 +112,10 @@ def _column_names(form: str, file: InputFile) -> list[str]:
     with filesystem.open_input_file(path) as opened:
         if form == "jsonl":
             head = opened.read(_HEAD_BYTES)
+            if len(head) == _HEAD_BYTES and b"\n" not in head:
+                head += opened.read(_BLOCK_BYTES)
+                if b"\n" not in head and len(head) > _BLOCK_BYTES:
+                    raise ValueError(_TOO_LONG)
             lines = head.splitlines()[: None if len(head) < _HEAD_BYTES else -1]
             found = [_json_object(line) for line in lines]
             return list(dict.fromkeys(key for keys in found if not isinstance(keys, str) for key in keys))
@@ -132,13 +161,35 @@ def _parse_options(form: str) -> pa.csv.ParseOptions:
 
 def _to_text(batch: pa.Table, wanted: Mapping[str, str], lines: bool) -> pa.Table:
     """Rename columns to fields and turn every cell into text. Runs in Ray's workers."""
-    if _LINE in batch.column_names:
-        whole = batch.column(_LINE).to_pylist()
-        rows = [_json_row(line, wanted) if lines else dict.fromkeys(wanted, line) for line in whole]
+    whole_line = _LINE in batch.column_names
+    if not lines:
+        columns = {field: _decoded(batch.column(_LINE if whole_line else column)) for field, column in wanted.items()}
+        if None not in columns.values():
+            return pa.table({**columns, "fault": pa.nulls(len(batch), pa.string())})
+    if whole_line:
+        cells = batch.column(_LINE).to_pylist()
+        rows = [_json_row(line, wanted) if lines else dict.fromkeys(wanted, line) for line in cells]
     else:
-        rows = [{field: row[column] for field, column in wanted.items()} for row in batch.to_pylist()]
+        cells_of = {field: _undecoded(batch.column(column)).to_pylist() for field, column in wanted.items()}
+        rows = [dict(zip(cells_of, cells, strict=True)) for cells in zip(*cells_of.values(), strict=True)]
     texts = [_text_row(row, wanted) for row in rows]
     return pa.table({field: pa.array([row[field] for row in texts], pa.string()) for field in (*wanted, "fault")})
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """A column of nothing but good text, at once; None where cells must be looked at one by one."""
+    raw = _undecoded(column)
+    if raw.type != pa.binary():
+        return None
+    try:
+        return raw.cast(pa.string())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _undecoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text as bytes: nobody has looked yet whether it is UTF-8."""
+    return column.cast(pa.binary()) if pa.types.is_string(column.type) else column
 
 
 def _json_row(line: bytes, wanted: Mapping[str, str]) -> dict[str, Any]:
@@ -197,6 +248,44 @@ def _locate(uri: str) -> tuple[pa.fs.FileSystem, str]:
         retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=8),
     )
     return filesystem, uri.removeprefix("s3://")
+
+
+#: What compressed files begin with.
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _compressed(table: Table, file: InputFile) -> str | None:
+    """What to tell of a file of lines that is compressed."""
+    if table.format == "parquet":
+        return None
+    filesystem, path = _locate(file.uri)
+    with filesystem.open_input_file(path) as opened:
+        head = opened.read(8)
+    for start, kind in _COMPRESSIONS.items():
+        if head.startswith(start):
+            return f"{file.uri} is compressed ({kind}); unpack it, and name the unpacked file"
+    return None
+
+
+def _remedy(error: BaseException, table: Table) -> str:
+    """What went wrong, and what to do where that is known."""
+    told = _root_cause(error)
+    if _is_too_long(told, table):
+        return f"{told}: {_TOO_LONG}"
+    for file in table.files:
+        if compressed := _compressed(table, file):
+            return compressed
+        try:
+            _column_names(table.format, file)
+        except (OSError, ValueError, pa.ArrowException) as broken:
+            return f"{file.uri}: {broken}"
+    return told
+
+
+def _is_too_long(told: str, table: Table) -> bool:
+    """Is this what Arrow says of a row longer than a block? Of the first one it may say that nothing is there."""
+    large = any(file.bytes > _BLOCK_BYTES for file in table.files)
+    return "straddling object" in told or (large and "Empty CSV file or block" in told)
 
 
 def _root_cause(error: BaseException) -> str:

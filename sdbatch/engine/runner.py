@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.collector import Collector
 from sdbatch.engine.generator import Receipt
-from sdbatch.engine.planner import Prepared, find_plan, make_plan, prepare
+from sdbatch.engine.planner import Prepared, extend_plan, find_plan, input_changed, make_plan, prepare
 from sdbatch.engine.pool import Pool
-from sdbatch.engine.shards import ShardCommitter, metadata_row
+from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed
-from sdbatch.ledger import Job, Shard, Status, committed_shards, read_shards, read_slice, read_status
+from sdbatch.ledger import (
+    Commits,
+    Job,
+    Shard,
+    Shards,
+    Status,
+    hold_lease,
+    newest_round,
+    read_shards,
+    read_slice,
+    read_status,
+    read_totals,
+)
 from sdbatch.prompts import from_table
-from sdbatch.spec import JobSpec
+from sdbatch.spec import JobSpec, overridden
 
 #: A job is never stopped for so few failures, whatever fraction they are.
 _FEW_FAILURES = 10
@@ -22,7 +38,7 @@ _FEW_FAILURES = 10
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How a run stands. ``stage``: starting, planning, loading, making, done."""
+    """How a run stands. ``stage``: starting, waiting (is another driver alive?), planning, loading, making, done."""
 
     stage: str = "starting"
     rows: int = 0  # read while planning
@@ -32,6 +48,7 @@ class Snapshot:
     in_flight: int = 0  # made, but not committed yet
     actors: int = 0
     deaths: int = 0
+    note: str = ""  # what is being waited for
 
     @property
     def finished(self) -> int:
@@ -39,6 +56,8 @@ class Snapshot:
 
 
 Watch = Callable[[Snapshot], None]
+#: Raises OutputError once another driver has taken over.
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -47,85 +66,164 @@ class Outcome:
 
     status: Status
     images: int  # made by this run
+    batches: int  # that the model computed for them
     starting_seconds: float  # until the first model was loaded
     making_seconds: float
     deaths: int
+    added: int = 0  # images that were planned by this run
 
 
-def plan(spec: JobSpec, watch: Watch) -> tuple[Job, list[Shard]]:
-    """Plan the job, or find the plan that stands."""
+@dataclass(frozen=True)
+class Planned:
+    """A plan as it stands, and how many of its images were planned just now."""
+
+    job: Job
+    shards: Shards
+    added: int
+
+
+def plan(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Planned:
+    """Plan the job, or find the plan that stands; with ``extend`` plan the rows that the table has grown by."""
     prepared = prepare(spec)
-    job = find_plan(prepared)
-    if job is None:
+    standing = job = find_plan(prepared, extend)
+    if job is None or (extend and input_changed(prepared, job)):
         with ray_session(spec.resources):
-            job = make_plan(prepared, lambda rows: watch(Snapshot("planning", rows=rows)))
-    return job, read_shards(prepared.store, job)
+            job = _plan(prepared, job, watch)
+    return Planned(job, read_shards(prepared.store, job), _added(standing, job))
 
 
-def run(spec: JobSpec, watch: Watch) -> Outcome:
-    """Bring the job to its end. The same call goes on where an earlier one stopped."""
+def _plan(prepared: Prepared, standing: Job | None, watch: Watch) -> Job:
+    def on_rows(rows: int) -> None:
+        watch(Snapshot("planning", rows=rows))
+
+    return make_plan(prepared, on_rows) if standing is None else extend_plan(prepared, standing, on_rows)
+
+
+def _added(before: Job | None, now: Job) -> int:
+    return now.planned - (0 if before is None else before.planned)
+
+
+def run(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Outcome:
+    """Bring the job to its end. The same call goes on where an earlier one stopped.
+
+    With ``extend`` the rows that the table has grown by are planned first. Raises OutputError while another driver is
+    at work on the output.
+    """
     started = time.perf_counter()
     watch(Snapshot())
     prepared = prepare(spec)
-    job = find_plan(prepared)
-    done = committed_shards(prepared.store) if job is not None else set()
-    if job is not None and len(done) >= job.shards:
-        return Outcome(read_status(prepared.store), 0, time.perf_counter() - started, 0.0, 0)
-    with ray_session(spec.resources):
-        check_capacity(spec.resources)
-        if job is None:
-            job = make_plan(prepared, lambda rows: watch(Snapshot("planning", rows=rows)))
-        return _make(prepared, job, done, started, watch)
+    standing = job = find_plan(prepared, extend)
+    grown = extend and job is not None and input_changed(prepared, job)
+    if job is not None and not grown and (status := read_status(prepared.store)).state == "complete":
+        return Outcome(status, 0, 0, time.perf_counter() - started, 0.0, 0)
+    with driving(prepared, watch) as check:
+        if job is None or grown:
+            job = _plan(prepared, job, watch)
+        outcome = finish(prepared, job, watch, check, started)
+        return replace(outcome, added=_added(standing, job))
 
 
-def _make(prepared: Prepared, job: Job, done: set[int], started: float, watch: Watch) -> Outcome:
-    spec = prepared.located
-    shards = read_shards(prepared.store, job)
-    todo = [shard for shard in shards if shard.number not in done]
-    before = sum(shard.count for shard in shards) - sum(shard.count for shard in todo)
-    now = Snapshot("loading", planned=job.planned, committed=before)
-    for receipt in _commit_faulty(prepared, job, [shard for shard in todo if not shard.makeable]):
-        now = replace(now, quarantined=now.quarantined + receipt.quarantined)
-    watch(now)
+@contextmanager
+def driving(prepared: Prepared, watch: Watch) -> Iterator[Check]:
+    """The output's lease, and Ray with room for an actor."""
+    with (
+        hold_lease(prepared.store, lambda told: watch(Snapshot("waiting", note=told))) as check,
+        ray_session(prepared.spec.resources),
+    ):
+        check_capacity(prepared.spec.resources)
+        yield check
 
-    made = failed = 0
-    allowed = max(spec.failures.max_failed_fraction * job.planned, _FEW_FAILURES)
 
-    def look(images: int, ready: int, deaths: int) -> None:
-        nonlocal now
-        stage = "making" if ready else "loading"
-        now = replace(now, stage=stage, in_flight=max(images - made, 0), actors=ready, deaths=deaths)
-        watch(now)
+def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: float) -> Outcome:
+    """Make what was never made, then what the newest round asks to be made again."""
+    making = _Making(prepared, job, watch, check)
+    shards, again = read_shards(prepared.store, job), newest_round(prepared.store)
+    making.edition(shards, prepared.located, 1)
+    if again is not None:
+        chosen = shards.where(np.isin(shards.column("number"), list(again.shards)))
+        making.edition(chosen, overridden(prepared.located, again.changed), again.edition)
+    return making.outcome(started)
 
-    pool = Pool(spec, job, look)
-    for receipt in pool.run(shard for shard in todo if shard.makeable):
-        made += receipt.committed + receipt.quarantined
-        failed += receipt.failed_making
-        now = replace(
-            now,
-            stage="making",
-            committed=now.committed + receipt.committed,
-            quarantined=now.quarantined + receipt.quarantined,
-            in_flight=max(now.in_flight - receipt.committed - receipt.quarantined, 0),
+
+class _Making:
+    """Shards on their way through the pool, counted."""
+
+    def __init__(self, prepared: Prepared, job: Job, watch: Watch, check: Check) -> None:
+        self._store, self._job, self._watch, self._check = prepared.store, job, watch, check
+        totals = read_totals(prepared.store)
+        self._now = Snapshot("loading", 0, job.planned, totals.committed, totals.quarantined)
+        self._made = self._failed = self._batches = self._deaths_before = 0
+        self._ready_at: float | None = None
+
+    def edition(self, shards: Shards, spec: JobSpec, edition: int) -> None:
+        """Have all of the shards made that are not there in this edition."""
+        with closing(Collector(self._store, shards, Commits(self._store), edition)) as collector:
+            todo = collector.todo
+            if not len(todo):
+                return
+            if edition > 1:  # counted by themselves: they are committed already
+                self._now = Snapshot("loading", planned=todo.images)
+            self._watch(self._now)
+            for receipt in self._commit_faulty(spec, _in_edition(edition, todo.makeable(False))):
+                self._count(receipt, spec)
+                collector.committed(receipt.shard)
+            self._deaths_before = self._now.deaths
+            pool = Pool(spec, self._job, self._look)
+            for receipt in pool.run(_in_edition(edition, todo.makeable())):
+                self._made += receipt.committed + receipt.quarantined
+                self._count(receipt, spec)
+                collector.committed(receipt.shard)
+            self._ready_at = self._ready_at or pool.ready_at
+
+    def outcome(self, started: float) -> Outcome:
+        ended = time.perf_counter()
+        ready_at = self._ready_at or ended
+        self._watch(replace(self._now, stage="done"))
+        status = read_status(self._store)
+        return Outcome(status, self._made, self._batches, ready_at - started, ended - ready_at, self._now.deaths)
+
+    def _look(self, images: int, ready: int, deaths: int) -> None:
+        """What the pool tells about once a second."""
+        self._check()
+        self._now = replace(
+            self._now,
+            stage="making" if ready else "loading",
+            in_flight=max(images - self._made, 0),
+            actors=ready,
+            deaths=self._deaths_before + deaths,
         )
-        watch(now)
-        if failed > allowed:
+        self._watch(self._now)
+
+    def _count(self, receipt: Receipt, spec: JobSpec) -> None:
+        """A shard is done. Raises JobFailed when too much of the job has failed."""
+        self._failed += receipt.failed_making
+        self._batches += receipt.batches
+        self._now = replace(
+            self._now,
+            committed=self._now.committed + receipt.committed,
+            quarantined=self._now.quarantined + receipt.quarantined,
+            in_flight=max(self._now.in_flight - receipt.committed - receipt.quarantined, 0),
+        )
+        self._watch(self._now)
+        fraction = spec.failures.max_failed_fraction
+        if self._failed > max(fraction * self._job.planned, _FEW_FAILURES):
             raise JobFailed(
-                f"{failed} images failed while being made, more than failures.max_failed_fraction "
-                f"({spec.failures.max_failed_fraction:g}) allows; see 'sdbatch errors {prepared.store.uri}'"
+                f"{self._failed} images failed while being made, more than failures.max_failed_fraction "
+                f"({fraction:g}) allows; see 'sdbatch errors {self._store.uri}'"
             )
-    ended = time.perf_counter()
-    ready_at = pool.ready_at or ended
-    watch(replace(now, stage="done"))
-    return Outcome(read_status(prepared.store), made, ready_at - started, ended - ready_at, now.deaths)
+
+    def _commit_faulty(self, spec: JobSpec, shards: Iterable[Shard]) -> Iterator[Receipt]:
+        """Commit the shards of requests that were refused at plan time: there is nothing to make."""
+        committer = ShardCommitter(self._store, spec, self._job, self._job.versions)
+        for shard in shards:
+            table = read_slice(self._store, self._job, shard.slice).slice(shard.offset, shard.count)
+            rows = [
+                metadata_row(self._job, shard.number, request, error=request.fault) for request in from_table(table)
+            ]
+            ended = [Ended(row, None) for row in rows]
+            record = committer.finish_started(shard) or committer.commit(shard, ended, {}, writer="driver")
+            yield Receipt(shard.number, record.committed, record.quarantined, 0, 0)
 
 
-def _commit_faulty(prepared: Prepared, job: Job, shards: list[Shard]) -> Iterator[Receipt]:
-    """Commit the shards of requests that were refused at plan time: there is nothing to make."""
-    committer = ShardCommitter(prepared.store, prepared.located, job, job.versions)
-    for shard in shards:
-        table = read_slice(prepared.store, job, shard.slice).slice(shard.offset, shard.count)
-        requests = from_table(table)
-        rows = [metadata_row(job, shard.number, request, error=request.fault) for request in requests]
-        record = committer.finish_started(shard) or committer.commit(shard, rows, [], {}, writer="driver")
-        yield Receipt(shard.number, record.committed, record.quarantined, 0, 0)
+def _in_edition(edition: int, shards: Iterable[Shard]) -> Iterator[Shard]:
+    return (replace(shard, edition=edition) for shard in shards)

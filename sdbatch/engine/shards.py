@@ -1,7 +1,8 @@
 """Ending a shard: pictures first, metadata second, the commit record last, each written once.
 
 What stands already is never overwritten but taken for what it is, so that of two writers both come to the
-same end, and a shard whose writer died between two steps is finished without making it again.
+same end, and a shard whose writer died between two steps is finished without making it again. A new edition
+of a shard is ended in the same way beside the one before, which goes only then.
 """
 
 from __future__ import annotations
@@ -10,16 +11,31 @@ import hashlib
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.ledger import CommitRecord, Job, Shard, find_commit, put_commit
+from sdbatch.ledger import (
+    Again,
+    CommitRecord,
+    Job,
+    Round,
+    Shard,
+    find_commit,
+    put_commit,
+    read_collected,
+    read_round,
+    shard_stem,
+)
 from sdbatch.outputs import (
     FORMATS,
     EncodedPicture,
     decode_metadata,
     encode_metadata,
     metadata_key,
+    read_pictures,
 )
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import JobSpec
@@ -54,68 +70,91 @@ def metadata_row(
     }
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A request that is through: its metadata row, and its picture unless it was refused."""
+
+    row: dict[str, Any]
+    picture: EncodedPicture | None
+
+
 class ShardCommitter:
     """Stores and commits the shards of one job."""
 
     def __init__(self, store: Store, spec: JobSpec, job: Job, environment: dict[str, str]) -> None:
         self._store = store
         self._kept = list(spec.input.kept)
-        self._fingerprint = job.fingerprint
+        self._job = job
         self._environment = environment
+        self._rounds: dict[int, Round] = {}
         self.writer = FORMATS[spec.output.format](store, spec.output.image.type)
 
     def finish_started(self, shard: Shard) -> CommitRecord | None:
         """The shard's record if it is committed, or can be because its metadata is stored already."""
-        record = find_commit(self._store, shard.number)
+        record = find_commit(self._store, shard)
         if record is not None:
             return record
         try:
             metadata = self._store.get(metadata_key(shard.stem))
         except ObjectNotFound:
             return None
-        record = self._put_record(shard, metadata, {}, uuid.uuid4().hex)
-        self.writer.forget(shard.stem)
-        return record
+        return self._put_record(shard, metadata, {}, uuid.uuid4().hex)
 
-    def commit(
-        self,
-        shard: Shard,
-        rows: Sequence[dict[str, Any]],
-        pictures: Sequence[EncodedPicture],
-        seconds: dict[str, float],
-        writer: str,
-    ) -> CommitRecord:
-        """End the shard; ``rows`` has one entry a position, ``pictures`` those that were made and kept."""
+    def carried_over(self, shard: Shard) -> dict[int, Ended]:
+        """Position → what stays as the edition before has it. Nothing of a first edition.
+
+        A picture whose stored bytes are not those recorded does not stay.
+        """
+        if shard.edition == 1:
+            return {}
+        again = self._again(shard)
+        try:
+            rows = decode_metadata(self._store.get(metadata_key(shard_stem(shard.number, again.before))))
+        except (ObjectNotFound, pa.ArrowException):
+            return {}
+        stay = {position: row for position, row in enumerate(rows) if position not in again.positions}
+        pictures = read_pictures(self._store, [row["path"] for row in stay.values() if row["path"]])
+        found = {}
+        for position, row in stay.items():
+            data = pictures.get(row["path"])
+            if row["status"] == "quarantined":
+                found[position] = Ended(row, None)
+            elif data is not None and hashlib.sha256(data).hexdigest() == row["sha256"]:
+                found[position] = Ended(row, EncodedPicture(position, row, data))
+        self.writer.carry_over(shard.stem, [end.picture for end in found.values() if end.picture is not None])
+        return found
+
+    def commit(self, shard: Shard, ended: Sequence[Ended], seconds: dict[str, float], writer: str) -> CommitRecord:
+        """End the shard; ``ended`` has one entry a position, its pictures made and kept."""
+        pictures = [end.picture for end in ended if end.picture is not None]
         finished = self.writer.finish(shard.stem, pictures) if pictures else []
         stored = {picture.position: picture for picture in finished}
-        final = []
-        for position, row in enumerate(rows):
+        rows = []
+        for position, row in enumerate(end.row for end in ended):
             picture = stored.get(position)
             if picture is not None and row["status"] == "committed":
                 row = row | {"path": picture.path, "bytes": picture.bytes, "sha256": picture.sha256}
             elif row["status"] == "committed":
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
-            final.append(row)
+            rows.append(row)
         key = metadata_key(shard.stem)
-        metadata = encode_metadata(final, self._kept)
+        metadata = encode_metadata(rows, self._kept)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
-        record = self._put_record(shard, metadata, seconds, writer)
-        self.writer.forget(shard.stem)
-        return record
+        return self._put_record(shard, metadata, seconds, writer)
 
     def _put_record(self, shard: Shard, metadata: bytes, seconds: dict[str, float], writer: str) -> CommitRecord:
         rows = decode_metadata(metadata)
         if len(rows) != shard.count:
-            raise StorageError(
-                f"{self._store.uri}/{metadata_key(shard.stem)} has {len(rows)} rows, not {shard.count}"
-            )
+            raise StorageError(f"{self._store.uri}/{metadata_key(shard.stem)} has {len(rows)} rows, not {shard.count}")
         failures = [
             {"image_id": row["image_id"], "error": row["error"]} for row in rows if row["status"] == "quarantined"
         ]
+        before = self._before(shard) if shard.edition > 1 else None
         record = CommitRecord(
             shard=shard.number,
-            fingerprint=self._fingerprint,
+            slice=shard.slice,
+            fingerprint=self._job.part_of_slice(shard.slice).fingerprint,
             writer=writer,
             committed=len(rows) - len(failures),
             quarantined=len(failures),
@@ -126,10 +165,38 @@ class ShardCommitter:
             seconds={name: round(value, 4) for name, value in seconds.items()},
             environment=self._environment,
             finished_at=round(time.time(), 3),
+            edition=shard.edition,
+            replaced={}
+            if before is None
+            else {"committed": before.committed, "quarantined": before.quarantined, "bytes": before.bytes},
         )
-        if put_commit(self._store, record):
-            return record
-        standing = find_commit(self._store, shard.number)
-        if standing is None or standing.metadata_sha256 != record.metadata_sha256:
-            raise StorageError(f"shard {shard.number} has a commit record that does not match its metadata")
-        return standing
+        if not put_commit(self._store, record):
+            standing = find_commit(self._store, shard)
+            if standing is None or standing.metadata_sha256 != record.metadata_sha256:
+                raise StorageError(f"shard {shard.number} has a commit record that does not match its metadata")
+            record = standing
+        self.writer.forget(shard.stem)
+        if before is not None:
+            self._remove(shard_stem(shard.number, before.edition))
+        return record
+
+    def _again(self, shard: Shard) -> Again:
+        if shard.edition not in self._rounds:
+            self._rounds[shard.edition] = read_round(self._store, shard.edition)
+        return self._rounds[shard.edition].shards[shard.number]
+
+    def _before(self, shard: Shard) -> CommitRecord:
+        """The record of the edition that this one replaces."""
+        edition = self._again(shard).before
+        single = find_commit(self._store, replace(shard, edition=edition))
+        if single is not None:
+            return single
+        records = read_collected(self._store, shard.slice, edition)
+        return next(record for record in records if record.shard == shard.number)
+
+    def _remove(self, stem: str) -> None:
+        """Remove an edition's pictures and metadata; its record stays, for the sums."""
+        for entry in list(self._store.list(f"data/{stem}")):
+            if entry.key[len(f"data/{stem}")] in "./":  # not a longer number's, nor another edition's
+                self._store.delete(entry.key)
+        self._store.delete(metadata_key(stem))

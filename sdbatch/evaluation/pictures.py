@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from sdbatch.errors import JobFailed, SdbatchError
 from sdbatch.evaluation.fidelity import Reading
 from sdbatch.evaluation.prompts import Setting, scene_from_json
-from sdbatch.ledger import read_commits
+from sdbatch.ledger import Commits
 from sdbatch.outputs import decode_metadata, read_pictures
 from sdbatch.storage import Store, open_store
 from sdbatch.training import checker
@@ -27,7 +27,7 @@ _PIXELS = 64
 def read_back(store: Store, progress: Callable[[int, int], None]) -> list[Reading]:
     """Every committed picture of the job in ``store``, in the order of its plan; ``progress`` hears shards done."""
     task = ray.remote(num_cpus=1, max_retries=3)(_read_shard)
-    found = [task.remote(store.uri, record.metadata_key) for record in read_commits(store)]
+    found = [task.remote(store.uri, record.metadata_key) for record in Commits(store).newest()]
     left = list(found)
     try:
         while left:

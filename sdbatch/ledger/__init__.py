@@ -1,40 +1,74 @@
 """The only truth about a job's progress: its plan and its commit records."""
 
-from sdbatch.ledger.commits import CommitRecord, committed_shards, find_commit, put_commit, read_commits
+from sdbatch.ledger.commits import (
+    CommitRecord,
+    Commits,
+    collect,
+    find_commit,
+    put_commit,
+    put_totals,
+    read_collected,
+    read_totals,
+)
+from sdbatch.ledger.lease import hold_lease
 from sdbatch.ledger.plan import (
     Job,
+    Part,
     Shard,
+    Shards,
+    SliceRows,
     find_job,
-    job_fingerprint,
+    part_fingerprint,
     read_job,
     read_shards,
     read_slice,
+    read_slice_rows,
     refuse_changes,
+    shard_stem,
     write_job,
     write_slice,
+    write_slice_rows,
 )
 from sdbatch.ledger.progress import Status, failures, read_status
-from sdbatch.ledger.verify import Verdict, verify
+from sdbatch.ledger.rounds import Again, Round, newest_round, put_round, read_round
+from sdbatch.ledger.verify import Findings, Verdict, examine, verify
 
 __all__ = [
+    "Again",
     "CommitRecord",
+    "Commits",
+    "Findings",
     "Job",
+    "Part",
+    "Round",
     "Shard",
+    "Shards",
+    "SliceRows",
     "Status",
     "Verdict",
-    "committed_shards",
+    "collect",
+    "examine",
     "failures",
     "find_commit",
     "find_job",
-    "job_fingerprint",
+    "hold_lease",
+    "newest_round",
+    "part_fingerprint",
     "put_commit",
-    "read_commits",
+    "put_round",
+    "put_totals",
+    "read_collected",
     "read_job",
+    "read_round",
     "read_shards",
     "read_slice",
+    "read_slice_rows",
     "read_status",
+    "read_totals",
     "refuse_changes",
+    "shard_stem",
     "verify",
     "write_job",
     "write_slice",
+    "write_slice_rows",
 ]

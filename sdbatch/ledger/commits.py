@@ -1,23 +1,36 @@
 """Commit records: the small objects whose presence means that a shard is done.
 
-    _sdbatch/commits/0000012.json
+    _sdbatch/commits/00003/0000712.json  the record of shard 712 in slice 3; 0000712r2.json that of its second edition
+    _sdbatch/committed/00003.parquet     all records of slice 3, once it has them; the single ones go then
+    _sdbatch/committed/totals.json       sums over such slices, so that a status need not open them
 
-Data first, metadata second, record last, each written once. Two writers on one shard leave one record.
+Data first, metadata second, record last, each written once. Two writers on one shard leave one record. The records of a
+slice are collected only when they are complete, into an object that is never written again either: one that turns up
+later, from a writer who lived on, is one of those already counted.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from sdbatch.errors import ObjectNotFound, StorageError
+from sdbatch.ledger.plan import Shard, shard_stem
 from sdbatch.storage import Store
 
-_PREFIX = "_sdbatch/commits/"
+_SINGLE = "_sdbatch/commits/"
+_COLLECTED = "_sdbatch/committed/"
+_TOTALS = f"{_COLLECTED}totals.json"
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class CommitRecord:
     """A shard's end: what it holds, its checksums, and how long things took."""
 
     shard: int
+    slice: int
     fingerprint: str
     writer: str  # a word of the writer's own, so that it knows its record again
     committed: int
@@ -36,42 +50,173 @@ class CommitRecord:
     seconds: dict[str, float]
     environment: dict[str, str]  # what may change a picture's bytes: device, library versions
     finished_at: float  # seconds since 1970
+    edition: int = 1
+    replaced: dict[str, int] = field(default_factory=dict)  # committed, quarantined, bytes of the edition before
 
 
-def commit_key(shard: int) -> str:
-    return f"{_PREFIX}{shard:07d}.json"
+@dataclass(frozen=True)
+class Totals:
+    """Sums over records."""
+
+    shards: int = 0
+    committed: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+    model_seconds: float = 0.0
+
+    def plus(self, records: Iterable[CommitRecord]) -> Totals:
+        """An edition counts what it has more than the one before."""
+        shards, committed, quarantined, size = self.shards, self.committed, self.quarantined, self.bytes
+        seconds = self.model_seconds
+        for record in records:
+            shards += record.edition == 1
+            committed += record.committed - record.replaced.get("committed", 0)
+            quarantined += record.quarantined - record.replaced.get("quarantined", 0)
+            size += record.bytes - record.replaced.get("bytes", 0)
+            seconds += record.seconds.get("model", 0.0)
+        return Totals(shards, committed, quarantined, size, round(seconds, 4))
+
+
+def commit_key(shard: int, slice_number: int, edition: int = 1) -> str:
+    return f"{_SINGLE}{slice_number:05d}/{shard_stem(shard, edition)}.json"
 
 
 def put_commit(store: Store, record: CommitRecord) -> bool:
     """Commit the shard; False if another writer did so first."""
-    data = json.dumps(asdict(record), sort_keys=True, ensure_ascii=False).encode()
-    return store.put_if_absent(commit_key(record.shard), data)
+    return store.put_if_absent(commit_key(record.shard, record.slice, record.edition), _json(record).encode())
 
 
-def find_commit(store: Store, shard: int) -> CommitRecord | None:
+def find_commit(store: Store, shard: Shard) -> CommitRecord | None:
+    """The record of this edition of the shard, if it is there and not collected yet."""
+    key = commit_key(shard.number, shard.slice, shard.edition)
     try:
-        return _parse(store.get(commit_key(shard)), commit_key(shard))
+        return _parse(store.get(key), key)
     except ObjectNotFound:
         return None
 
 
-def committed_shards(store: Store) -> set[int]:
-    """The numbers of all shards that are done, by a listing alone."""
-    numbers = (re.search(r"(\d+)\.json$", entry.key) for entry in store.list(_PREFIX))
-    return {int(number[1]) for number in numbers if number}
+class Commits:
+    """Which shards are done, as two listings found it; records are read when they are asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.single: dict[tuple[int, int], int] = {}  # shard, edition → slice
+        self.collected: set[tuple[int, int]] = set()  # slice, edition
+        # In this order: what is collected in between is found twice, not missed.
+        for entry in store.list(_SINGLE):
+            if name := re.search(r"/(\d+)/(\d+)(?:r(\d+))?\.json$", entry.key):
+                self.single[int(name[2]), int(name[3] or 1)] = int(name[1])
+        for entry in store.list(_COLLECTED):
+            if name := re.search(r"/(\d+)(?:r(\d+))?\.parquet$", entry.key):
+                self.collected.add((int(name[1]), int(name[2] or 1)))
+
+    def done(self, numbers: np.ndarray, slices: np.ndarray, edition: int) -> np.ndarray:
+        """Which of many shards, by their numbers and slices, have this edition."""
+        found: np.ndarray = np.isin(slices, [of for of, collected in self.collected if collected == edition])
+        return found | np.isin(numbers, [number for number, single in self.single if single == edition])
+
+    def of_slice(self, number: int) -> dict[int, CommitRecord]:
+        """Shard → its newest record, for the shards of a slice that are done."""
+        found: dict[int, CommitRecord] = {}
+        for edition in sorted(edition for of, edition in self.collected if of == number):
+            found |= {record.shard: record for record in read_collected(self._store, number, edition)}
+        for record in self._read(key for key, of in self.single.items() if of == number):
+            if record.shard not in found or found[record.shard].edition < record.edition:
+                found[record.shard] = record
+        return found
+
+    def newest(self) -> Iterator[CommitRecord]:
+        """The record that counts of every shard that is done, in the order of the shards."""
+        for number in sorted({*self.single.values(), *(number for number, _ in self.collected)}):
+            for _, record in sorted(self.of_slice(number).items()):
+                yield record
+
+    def uncollected(self) -> Iterator[CommitRecord]:
+        """The single records that are in no collection."""
+        yield from self._read(key for key, of in self.single.items() if (of, key[1]) not in self.collected)
+
+    def _read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[CommitRecord]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            yield from pool.map(lambda key: self._one(*key), sorted(wanted))
+
+    def _one(self, shard: int, edition: int) -> CommitRecord:
+        number = self.single[shard, edition]
+        key = commit_key(shard, number, edition)
+        try:
+            return _parse(self._store.get(key), key)
+        except ObjectNotFound:  # collected since the listing
+            records = read_collected(self._store, number, edition)
+            return next(record for record in records if record.shard == shard)
 
 
-def read_commits(store: Store) -> Iterator[CommitRecord]:
-    """All commit records in the order of their shards."""
-    keys = [entry.key for entry in store.list(_PREFIX)]
-    with ThreadPoolExecutor(16) as pool:
-        for key, data in zip(keys, pool.map(store.get, keys), strict=True):
-            yield _parse(data, key)
+def collect(store: Store, number: int, edition: int, shards: Collection[int]) -> None:
+    """Gather the records of a slice's ``shards`` in one object and remove the single ones.
+
+    Nothing happens while one of them is missing.
+    """
+    key, singles = _collected_key(number, edition), [commit_key(shard, number, edition) for shard in shards]
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            texts = [data.decode() for data in pool.map(store.get, singles)]
+        except ObjectNotFound:  # not done yet, or collected by somebody, who may have died before the single ones went
+            if not store.exists(key):
+                return
+        else:
+            buffer = io.BytesIO()
+            table = pa.table({"shard": list(shards), "record": texts})
+            pq.write_table(table, buffer, compression="zstd")
+            store.put_if_absent(key, buffer.getvalue())
+        list(pool.map(store.delete, singles))
 
 
-def _parse(data: bytes, key: str) -> CommitRecord:
+def read_collected(store: Store, number: int, edition: int) -> list[CommitRecord]:
+    key = _collected_key(number, edition)
     try:
-        content: dict[str, Any] = json.loads(data)
+        texts = pq.read_table(io.BytesIO(store.get(key)), columns=["record"]).column("record").to_pylist()
+    except pa.ArrowException as error:
+        raise StorageError(f"{store.uri}/{key} is damaged: {error}") from None
+    return [_parse(text, key) for text in texts]
+
+
+def read_totals(store: Store) -> Totals:
+    """Sums over all records: the stored sums, collections that these don't know yet, single records."""
+    totals, known = _stored_totals(store)  # before the listing, which then has all that they know
+    commits = Commits(store)
+    for number, edition in sorted(commits.collected - known):
+        totals = totals.plus(read_collected(store, number, edition))
+    return totals.plus(commits.uncollected())
+
+
+def put_totals(store: Store) -> None:
+    """Bring the stored sums up to date. They are a shortcut: stale ones cost time, never truth."""
+    totals, known = _stored_totals(store)
+    commits = Commits(store)
+    for number, edition in sorted(commits.collected - known):
+        totals = totals.plus(read_collected(store, number, edition))
+    slices = [list(one) for one in sorted(commits.collected | known)]
+    store.put(_TOTALS, json.dumps({"slices": slices, **asdict(totals)}).encode())
+
+
+def _stored_totals(store: Store) -> tuple[Totals, set[tuple[int, int]]]:
+    try:
+        content: dict[str, Any] = json.loads(store.get(_TOTALS))
+        slices = {(int(number), int(edition)) for number, edition in content.pop("slices")}
+        return Totals(**content), slices
+    except (ObjectNotFound, ValueError, TypeError, KeyError):
+        return Totals(), set()
+
+
+def _collected_key(number: int, edition: int) -> str:
+    return f"{_COLLECTED}{number:05d}{'' if edition == 1 else f'r{edition}'}.parquet"
+
+
+def _json(record: CommitRecord) -> str:
+    return json.dumps(asdict(record), sort_keys=True, ensure_ascii=False)
+
+
+def _parse(data: bytes | str, key: str) -> CommitRecord:
+    try:
+        content: Mapping[str, Any] = json.loads(data)
         return CommitRecord(**content)
     except (ValueError, TypeError) as error:
         raise StorageError(f"commit record {key} is damaged: {error}") from None

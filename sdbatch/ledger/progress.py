@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sdbatch.ledger.commits import CommitRecord, read_commits
-from sdbatch.ledger.plan import Job, read_job
+from sdbatch.ledger.commits import Commits, read_totals
+from sdbatch.ledger.plan import read_job
+from sdbatch.ledger.rounds import newest_round
 from sdbatch.storage import Store
 
 
@@ -32,35 +32,29 @@ class Status:
 
 
 def read_status(store: Store) -> Status:
-    """The status of the job in this output. Raises OutputError where there is none."""
-    return summarise(store.uri, read_job(store), read_commits(store))
+    """The status of the job in this output. Raises OutputError where there is none.
 
-
-def summarise(uri: str, job: Job, records: Iterable[CommitRecord]) -> Status:
-    committed = quarantined = size = done = 0
-    seconds = 0.0
-    for record in records:
-        done += 1
-        committed += record.committed
-        quarantined += record.quarantined
-        size += record.bytes
-        seconds += record.seconds.get("model", 0.0)
-    state = "complete" if done == job.shards else "incomplete" if done else "planned"
+    Reads a few kilobytes, however large the job: sums, and the records of slices that are being made.
+    """
+    job, again = read_job(store), newest_round(store)
+    finished = again is None or again.finished(Commits(store))
+    totals = read_totals(store)
+    whole = totals.shards == job.shards and finished
     return Status(
         name=job.spec["name"],
-        output=uri,
-        state=state,
+        output=store.uri,
+        state="complete" if whole else "incomplete" if totals.shards else "planned",
         planned=job.planned,
-        committed=committed,
-        quarantined=quarantined,
+        committed=totals.committed,
+        quarantined=totals.quarantined,
         shards=job.shards,
-        shards_committed=done,
-        bytes=size,
-        model_seconds=round(seconds, 3),
+        shards_committed=totals.shards,
+        bytes=totals.bytes,
+        model_seconds=totals.model_seconds,
     )
 
 
 def failures(store: Store) -> list[dict[str, Any]]:
     """Every quarantined request: shard, image_id, error."""
     read_job(store)
-    return [{"shard": record.shard, **failure} for record in read_commits(store) for failure in record.failures]
+    return [{"shard": record.shard, **failure} for record in Commits(store).newest() for failure in record.failures]

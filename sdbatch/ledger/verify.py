@@ -1,25 +1,35 @@
-"""The proof that every planned image ended exactly once, from the stored bytes."""
+"""The proof that every planned image ended exactly once, from the stored bytes.
+
+Slice by slice, so that a job of any size is checked in the memory that one slice takes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import random
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.ledger.commits import CommitRecord, find_commit
+from sdbatch.ledger.commits import CommitRecord, Commits
 from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice
-from sdbatch.storage import Store
+from sdbatch.storage import Entry, Store
 
 Read = Callable[[Store, Iterable[str]], dict[str, bytes]]
+#: Can a picture's bytes be opened and drawn?
+Opens = Callable[[bytes], bool]
 Progress = Callable[[int, int], None]
+
+_CHECKERS = 8
 
 
 @dataclass
@@ -29,9 +39,10 @@ class Verdict:
     planned: int = 0
     committed: int = 0
     quarantined: int = 0
+    checked: int = 0  # images whose bytes were read; the rest is in a sample's other shards
     missing: list[str] = field(default_factory=list)  # planned, but neither made nor quarantined
     doubled: list[str] = field(default_factory=list)  # recorded more than once, or not planned at all
-    altered: list[str] = field(default_factory=list)  # stored bytes that are not those recorded
+    altered: list[str] = field(default_factory=list)  # stored bytes that are not those recorded, or no picture
     extra: list[str] = field(default_factory=list)  # objects under data/ and metadata/ that no record names
 
     @property
@@ -40,66 +51,104 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _ShardFindings:
-    committed: list[str]
-    quarantined: list[str]
-    missing: list[str]
-    doubled: list[str]
-    altered: list[str]
-    keys: list[str]
+class Findings:
+    """What is stored of a shard. ``record`` is None when it is not committed; ``read`` is False outside a sample."""
+
+    shard: Shard
+    record: CommitRecord | None
+    read: bool = True
+    committed: int = 0
+    quarantined: int = 0
+    missing: tuple[str, ...] = ()
+    doubled: tuple[str, ...] = ()
+    altered: tuple[str, ...] = ()
+    keys: frozenset[str] = frozenset()
+    damaged: tuple[int, ...] = ()  # positions whose pictures are missing or altered
 
 
-def verify(store: Store, read_pictures: Read, progress: Progress) -> Verdict:
-    """Read everything that the ledger names and compare; ``read_pictures`` finds pictures by their paths."""
+def verify(store: Store, read_pictures: Read, opens: Opens, progress: Progress, sample: float = 1.0) -> Verdict:
+    """Read what the ledger names and compare; of a ``sample`` that fraction of the shards.
+
+    ``read_pictures`` finds pictures by their paths.
+    """
     job = read_job(store)
-    shards = read_shards(store, job)
-    verdict, seen, named = Verdict(planned=job.planned), Counter[str](), set[str]()
-    slices = _Slices(store, job)
-    with ThreadPoolExecutor(8) as pool:
-        jobs = pool.map(lambda shard: _verify_shard(store, job, shard, slices, read_pictures), shards)
-        for done, found in enumerate(jobs, 1):
-            verdict.committed += len(found.committed)
-            verdict.quarantined += len(found.quarantined)
-            verdict.missing += found.missing
-            verdict.doubled += found.doubled
-            verdict.altered += found.altered
-            seen.update(found.committed + found.quarantined)
-            named.update(found.keys)
-            progress(done, len(shards))
-    verdict.doubled += sorted(image_id for image_id, times in seen.items() if times > 1)
-    verdict.extra = [
-        entry.key for prefix in ("data/", "metadata/") for entry in store.list(prefix) if entry.key not in named
-    ]
+    verdict = Verdict(planned=job.planned)
+    listings = [_Listing(store.list(prefix)) for prefix in ("data/", "metadata/")]
+    for done, found in enumerate(examine(store, job, read_pictures, opens, sample), 1):
+        verdict.committed += found.committed
+        verdict.quarantined += found.quarantined
+        verdict.checked += found.committed + found.quarantined if found.read else 0
+        verdict.missing += found.missing
+        verdict.doubled += found.doubled
+        verdict.altered += found.altered
+        if sample == 1.0:  # what no record names can be told only where all records are read
+            stored = (key for listing in listings for key in listing.up_to(found.shard.number))
+            verdict.extra += [key for key in stored if key not in found.keys]
+        progress(done, job.shards)
+    if sample == 1.0:
+        verdict.extra += [key for listing in listings for key in listing.up_to(None)]
     return verdict
 
 
-def _verify_shard(store: Store, job: Job, shard: Shard, slices: _Slices, read_pictures: Read) -> _ShardFindings:
-    planned = slices.image_ids(shard)
-    record = find_commit(store, shard.number)
-    if record is None:
-        return _ShardFindings([], [], planned, [], [], [])
+def examine(store: Store, job: Job, read_pictures: Read, opens: Opens, sample: float = 1.0) -> Iterator[Findings]:
+    """What is stored of every shard of the job, in their order."""
+    commits = Commits(store)
+    chance = random.Random(job.fingerprint)
+    with ThreadPoolExecutor(_CHECKERS) as pool:
+        for number, shards in groupby(read_shards(store, job), key=lambda shard: shard.slice):
+            records = commits.of_slice(number)
+            ids = read_slice(store, job, number).column("image_id")
+
+            def check(
+                shard: Shard, read: bool, records: dict[int, CommitRecord] = records, ids: pa.ChunkedArray = ids
+            ) -> Findings:
+                planned = ids.slice(shard.offset, shard.count).to_pylist()
+                if len(planned) != shard.count:
+                    raise StorageError(f"plan slice {shard.slice} is damaged: shard {shard.number} is cut off")
+                record = records.get(shard.number)
+                if record is None:
+                    return Findings(shard, None, read, missing=tuple(planned))
+                if not read:
+                    return Findings(shard, record, read, record.committed, record.quarantined)
+                return _examine(store, job, shard, record, planned, read_pictures, opens)
+
+            several = list(shards)
+            yield from pool.map(check, several, [chance.random() < sample for _ in several])
+
+
+def _examine(
+    store: Store, job: Job, shard: Shard, record: CommitRecord, planned: list[str], read_pictures: Read, opens: Opens
+) -> Findings:
     rows = _metadata(store, record)
-    if rows is None or record.fingerprint != job.fingerprint:
-        return _ShardFindings([], [], [], [], planned, [record.metadata_key])
-    committed = [row for row in rows if row["status"] == "committed"]
-    pictures = read_pictures(store, [row["path"] for row in committed])
-    missing, altered, whole = [], [], []
-    for row in committed:
+    if rows is None or record.fingerprint != job.part_of_slice(shard.slice).fingerprint:
+        everything = tuple(range(shard.count))
+        keys = frozenset([record.metadata_key])
+        return Findings(shard, record, altered=tuple(planned), keys=keys, damaged=everything)
+    pictures = read_pictures(store, [row["path"] for row in rows if row["status"] == "committed"])
+    missing, altered, damaged = [], [], []
+    for position, row in enumerate(rows):
+        if row["status"] != "committed":
+            continue
         data = pictures.get(row["path"])
         if data is None:
             missing.append(row["image_id"])
-        elif len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
+        elif len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"] or not opens(data):
             altered.append(row["image_id"])
         else:
-            whole.append(row["image_id"])
+            continue
+        damaged.append(position)
     recorded = [row["image_id"] for row in rows]
-    return _ShardFindings(
-        committed=whole,
-        quarantined=[row["image_id"] for row in rows if row["status"] == "quarantined"],
-        missing=missing + sorted(set(planned) - set(recorded)),
-        doubled=sorted(set(recorded) - set(planned)),
-        altered=altered,
-        keys=[record.metadata_key, *(row["path"].partition("#")[0] for row in committed)],
+    made = sum(row["status"] == "committed" for row in rows)
+    return Findings(
+        shard,
+        record,
+        committed=made - len(damaged),
+        quarantined=len(rows) - made,
+        missing=(*missing, *sorted(set(planned) - set(recorded))),
+        doubled=tuple(sorted((Counter(recorded) - Counter(planned)).keys())),
+        altered=tuple(altered),
+        keys=frozenset([record.metadata_key, *(row["path"].partition("#")[0] for row in rows if row["path"])]),
+        damaged=tuple(damaged),
     )
 
 
@@ -116,18 +165,18 @@ def _metadata(store: Store, record: CommitRecord) -> list[dict[str, Any]] | None
     return rows
 
 
-class _Slices:
-    """The ids of planned images; shards come in order, so the slice at hand serves many."""
+class _Listing:
+    """Keys in their order, handed out shard by shard; their numbers are in the keys."""
 
-    def __init__(self, store: Store, job: Job) -> None:
-        self._store, self._job = store, job
-        self._kept: tuple[int, pa.Table] | None = None
+    def __init__(self, entries: Iterator[Entry]) -> None:
+        self._entries = entries
+        self._next = next(entries, None)
 
-    def image_ids(self, shard: Shard) -> list[str]:
-        kept = self._kept
-        if kept is None or kept[0] != shard.slice:
-            kept = self._kept = (shard.slice, read_slice(self._store, self._job, shard.slice))
-        ids: list[str] = kept[1].column("image_id").slice(shard.offset, shard.count).to_pylist()
-        if len(ids) != shard.count:
-            raise StorageError(f"plan slice {shard.slice} is damaged: shard {shard.number} is cut off")
-        return ids
+    def up_to(self, shard: int | None) -> Iterator[str]:
+        """The next keys, as far as they belong to shards up to this one; None: all that are left."""
+        while self._next is not None:
+            number = re.match(r"[a-z]+/(\d+)", self._next.key)
+            if shard is not None and number is not None and int(number[1]) > shard:
+                return
+            yield self._next.key
+            self._next = next(self._entries, None)

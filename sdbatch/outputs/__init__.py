@@ -1,6 +1,6 @@
 """Picture files, the shards they are stored in, and the metadata table."""
 
-from sdbatch.outputs.encoding import encode, parameters
+from sdbatch.outputs.encoding import encode, opens, parameters
 from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
 from sdbatch.outputs.shards import FORMATS, EncodedPicture, ShardWriter, StoredPicture, read_pictures
 
@@ -13,6 +13,7 @@ __all__ = [
     "encode",
     "encode_metadata",
     "metadata_key",
+    "opens",
     "parameters",
     "read_pictures",
 ]

@@ -38,6 +38,16 @@ def encode(pixels: np.ndarray, form: Picture, row: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def opens(data: bytes) -> bool:
+    """Are these the bytes of a whole picture?"""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
 def parameters(row: Mapping[str, Any]) -> str:
     """Generation parameters in the lines that image UIs write and read back."""
     lines = [str(row["prompt"])]

@@ -74,8 +74,12 @@ class ShardWriter(ABC):
         """
 
     @abstractmethod
+    def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
+        """Take pictures of an earlier edition, which are safe there, into this one."""
+
+    @abstractmethod
     def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
-        """Store the whole shard, whose batches were all kept; returns what the store holds for it then."""
+        """Store the whole shard, all kept or carried over; returns what the store holds for it then."""
 
     @abstractmethod
     def forget(self, stem: str) -> None:
@@ -103,6 +107,9 @@ class ImageFiles(ShardWriter):
         with ThreadPoolExecutor(_UPLOADS) as pool:
             return list(pool.map(put, batch))
 
+    def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
+        self.keep(stem, pictures, last=False)
+
     def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
         return [_stored(picture.position, self._key(stem, picture), picture.data) for picture in pictures]
 
@@ -128,8 +135,13 @@ class _Container(ShardWriter):
             return list(batch)
         key = f"_sdbatch/batches/{stem}/{batch[0].position:05d}.tar"
         held = _write_once(self.store, key, self._tar(stem, batch), _tar_members)
+        if held is None:
+            return list(batch)
         stored = {_position(name): data for name, data in held.items() if name.endswith(f".{self.ending}")}
         return [replace(picture, data=stored.get(picture.position, picture.data)) for picture in batch]
+
+    def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
+        """They are stored with the others when the shard is finished."""
 
     def forget(self, stem: str) -> None:
         for entry in list(self.store.list(f"_sdbatch/batches/{stem}/")):
@@ -158,6 +170,8 @@ class WebDataset(_Container):
     def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
         key = f"data/{stem}.tar"
         held = _write_once(self.store, key, self._tar(stem, pictures), _tar_members)
+        if held is None:
+            held = {f"{_member(stem, picture.position)}.{self.ending}": picture.data for picture in pictures}
         return [
             _stored(_position(name), f"{key}#{name}", data)
             for name, data in held.items()
@@ -184,6 +198,8 @@ class ParquetFiles(_Container):
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression=compression)
         held = _write_once(self.store, key, buffer.getvalue(), _parquet_images)
+        if held is None:
+            held = {f"{_member(stem, picture.position)}.{self.ending}": picture.data for picture in pictures}
         return [_stored(_position(name), f"{key}#{i}", data) for i, (name, data) in enumerate(held.items())]
 
 
@@ -216,10 +232,12 @@ def read_pictures(store: Store, paths: Iterable[str]) -> dict[str, bytes]:
     return found
 
 
-def _write_once(store: Store, key: str, data: bytes, read: Callable[[bytes], dict[str, bytes]]) -> dict[str, bytes]:
-    """Store the object unless one is there; returns what the stored one holds."""
+def _write_once(
+    store: Store, key: str, data: bytes, read: Callable[[bytes], dict[str, bytes]]
+) -> dict[str, bytes] | None:
+    """Store the object unless one is there. None: it is stored as given; else what the one that is there holds."""
     if store.put_if_absent(key, data):
-        return read(data)
+        return None
     try:
         return read(store.get(key))
     except (tarfile.TarError, pa.ArrowException, KeyError):

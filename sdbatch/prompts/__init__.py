@@ -6,13 +6,16 @@ from sdbatch.prompts.plan import (
     RowIds,
     Run,
     cut,
+    doubled_ids,
     from_table,
     odd_sizes,
     requests_of_slice,
+    rows_sha256,
     to_table,
+    usable_ids,
 )
 from sdbatch.prompts.request import ImageRequest, ModelFacts, Shape, image_seed, requests_of_row
-from sdbatch.prompts.table import InputFile, Table, changed_files, find_table
+from sdbatch.prompts.table import InputFile, Table, changed_files, find_table, unlike_growth
 
 __all__ = [
     "SLICE_ROWS",
@@ -26,11 +29,15 @@ __all__ = [
     "Table",
     "changed_files",
     "cut",
+    "doubled_ids",
     "find_table",
     "from_table",
     "image_seed",
     "odd_sizes",
     "requests_of_row",
     "requests_of_slice",
+    "rows_sha256",
     "to_table",
+    "unlike_growth",
+    "usable_ids",
 ]

@@ -6,16 +6,21 @@ occur, and cut into shards; so what a shard holds depends on the rows of its sli
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sdbatch.prompts.request import SIZE_STEP, ImageRequest, ModelFacts, Shape, requests_of_row
 from sdbatch.spec import JobSpec
 
 SLICE_ROWS = 16_384
+_RESERVED = "row:"
 
 _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("image_id", pa.string()),
@@ -54,11 +59,13 @@ class OddSize:
 
 
 class RowIds:
-    """Gives every row its id: the mapped column's cell, or the row's number; refuses empty and double ones."""
+    """Gives every row its id: the mapped column's cell, or the row's number; refuses empty and double ones.
 
-    def __init__(self, mapped: bool) -> None:
-        self._mapped = mapped
-        self._first: dict[str, int] = {}
+    ``doubles``: rows whose id an earlier row has → the first such row, as :func:`doubled_ids` finds them.
+    """
+
+    def __init__(self, mapped: bool, doubles: Mapping[int, int] = MappingProxyType({})) -> None:
+        self._mapped, self._doubles = mapped, doubles
 
     def __call__(self, cell: str | None, index: int) -> tuple[str, str | None]:
         """The row's id and, if the cell is no good, the fault; faulty rows get an id that no cell can claim."""
@@ -68,12 +75,37 @@ class RowIds:
         name = cell or ""
         if not name:
             return f"row:{number}", "the id is empty"
-        if name.startswith("row:"):
+        if name.startswith(_RESERVED):
             return f"row:{number}", f"the id {name!r} begins with 'row:', which is reserved"
-        first = self._first.setdefault(name, index)
-        if first != index:
-            return f"row:{number}", f"the id {name!r} is row {first + 1}'s already"
+        if index in self._doubles:
+            return f"row:{number}", f"the id {name!r} is row {self._doubles[index] + 1}'s already"
         return name, None
+
+
+def usable_ids(ids: pa.ChunkedArray, first_index: int) -> pa.Table:
+    """The cells of consecutive rows that can be ids, with their ``row``: neither empty nor reserved."""
+    table = pa.table({"id": ids, "row": pa.array(range(first_index, first_index + len(ids)), pa.int64())})
+    usable = pc.and_(pc.not_equal(ids, ""), pc.invert(pc.starts_with(ids, _RESERVED)))
+    return table.filter(usable)  # a null is not true either
+
+
+def doubled_ids(usable: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Of ids and their rows the first of each id, and the ``row`` of every other with the ``first`` row of its id."""
+    firsts = usable.group_by("id").aggregate([("row", "min")]).rename_columns(["id", "row"])
+    if len(firsts) == len(usable):
+        return usable, pa.table({"row": pa.array([], pa.int64()), "first": pa.array([], pa.int64())})
+    first = firsts.column("row").take(pc.index_in(usable.column("id"), firsts.column("id")))
+    doubled = pc.not_equal(usable.column("row"), first)
+    doubles = pa.table({"row": usable.column("row"), "first": first}).filter(doubled)
+    return usable.filter(pc.invert(doubled)), doubles
+
+
+def rows_sha256(rows: pa.Table) -> str:
+    """A digest of rows that any change to a cell changes."""
+    digest = hashlib.sha256()
+    for name in rows.column_names:
+        digest.update(json.dumps([name, rows.column(name).to_pylist()]).encode())
+    return digest.hexdigest()
 
 
 def requests_of_slice(
@@ -112,16 +144,14 @@ def cut(requests: Iterable[ImageRequest], shard_size: int) -> list[Run]:
     return runs
 
 
-def to_table(requests: Iterable[ImageRequest], kept: Iterable[str]) -> pa.Table:
+def to_table(requests: Sequence[ImageRequest], kept: Iterable[str]) -> pa.Table:
     """Requests as the plan stores them; kept columns become a struct, so that their names can't clash."""
-    rows = [
-        {name: getattr(request, name) for name, _ in _COLUMNS} | {"kept": request.kept or None} for request in requests
-    ]
-    fields = [pa.field(name, kind) for name, kind in _COLUMNS]
+    columns = {name: pa.array([getattr(request, name) for request in requests], kind) for name, kind in _COLUMNS}
     names = list(kept)
     if names:
-        fields.append(pa.field("kept", pa.struct([(name, pa.string()) for name in names])))
-    return pa.Table.from_pylist(rows, schema=pa.schema(fields))
+        struct = pa.struct([(name, pa.string()) for name in names])
+        columns["kept"] = pa.array([request.kept or None for request in requests], struct)
+    return pa.table(columns)
 
 
 def from_table(table: pa.Table) -> list[ImageRequest]:

@@ -76,21 +76,35 @@ def changed_files(before: Sequence[dict[str, object]], now: Table) -> list[str]:
     return told
 
 
+def unlike_growth(before: Sequence[dict[str, object]], now: Table) -> list[str]:
+    """What of the differences is more than new files after the old ones and a last old file that changed, in words."""
+    old, new = [str(file["name"]) for file in before], [file.name for file in now.files]
+    if len(old) == len(new) == 1:
+        return []
+    told = [f"input: {name} is gone" for name in old if name not in new]
+    told += [f"input: {name} is new, and not after {old[-1]}" for name in new if name not in old and name < old[-1]]
+    versions = {file.name: file.version for file in now.files}
+    for file in before[:-1]:
+        if versions.get(str(file["name"]), file["version"]) != file["version"]:
+            told.append(f"input: {file['name']} changed, and is not the last of those that were planned")
+    return told
+
+
 def _matching(source: Input) -> tuple[Store, list[Entry]]:
     """The store at the part of the URI without wildcards, and the objects below it that match."""
     uri = source.uri
     wild = re.search(r"[*?\[]", uri)
     if wild:
         fixed = uri[: wild.start()].rpartition("/")[0]
-        root = open_store(fixed or ("/" if uri.startswith("/") else "."))
+        root = open_store(fixed or ("/" if uri.startswith("/") else "."), linked=True)
         pattern = _glob(uri[len(fixed) :].lstrip("/"))
         return root, [entry for entry in root.list() if pattern.fullmatch(entry.key)]
     parent, _, name = uri.rstrip("/").rpartition("/")
     if name and parent not in {"s3:", "s3:/"}:
-        single = open_store(parent or ("/" if uri.startswith("/") else "."))
+        single = open_store(parent or ("/" if uri.startswith("/") else "."), linked=True)
         if single.exists(name):
             return single, [entry for entry in single.list(name) if entry.key == name]
-    folder = open_store(uri)
+    folder = open_store(uri, linked=True)
     entries = [entry for entry in folder.list() if not re.search(r"(^|/)[._]", entry.key)]
     return folder, [entry for entry in entries if source.format or _ending(entry.key) in ENDINGS]
 

@@ -13,14 +13,14 @@ import jinja2
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdbatch.ledger import Job, read_commits, read_job
-from sdbatch.ledger.progress import summarise
+from sdbatch.ledger import Commits, Job, read_job, read_status
 from sdbatch.storage import Store
 
 Read = Callable[[Store, Iterable[str]], dict[str, bytes]]
 
 GALLERY_KEY = "gallery.html"
 _THUMBNAIL = 256
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _PARAMETERS = ("seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt")
 
 
@@ -36,21 +36,21 @@ class Gallery:
 
 def write_gallery(store: Store, read_pictures: Read, limit: int) -> Gallery:
     """Write the page of the first ``limit`` pictures; ``read_pictures`` finds pictures by their paths."""
-    job, records = read_job(store), list(read_commits(store))
-    status = summarise(store.uri, job, records)
-    rows = _rows(store, (record.metadata_key for record in records))
+    job, status, commits = read_job(store), read_status(store), Commits(store)
+    rows = _rows(store, (record.metadata_key for record in commits.newest()))
     made = list(islice((row for row in rows if row["status"] == "committed"), limit))
     pictures = read_pictures(store, [row["path"] for row in made])
-    cards = [_card(row, pictures[row["path"]], job) for row in made if pictures.get(row["path"])]
-    failures = [failure for record in records for failure in record.failures]
+    sources = {path: source for path, data in pictures.items() if (source := _data_uri(data)) is not None}
+    cards = [_card(row, sources[row["path"]], job) for row in made if row["path"] in sources]
+    failures = list(islice((failure for record in commits.newest() for failure in record.failures), limit))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sdbatch.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("gallery.html.j2").render(
         status=status,
         cards=cards,
-        failures=failures[:limit],
-        failed=len(failures),
+        failures=failures,
+        failed=status.quarantined,
         model=made[0]["model"] if made else job.spec["model"]["uri"],
         job=job,
     )
@@ -63,10 +63,10 @@ def _rows(store: Store, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield from pq.read_table(io.BytesIO(store.get(key))).to_pylist()
 
 
-def _card(row: dict[str, Any], data: bytes, job: Job) -> dict[str, Any]:
+def _card(row: dict[str, Any], source: str, job: Job) -> dict[str, Any]:
     return {
         "row": row,
-        "source": _data_uri(data),
+        "source": source,
         "parameters": {name: row[name] for name in _PARAMETERS if row[name] not in ("", None)},
         "kept": {name: row[name] for name in _kept(job) if row[name]},
     }
@@ -76,12 +76,16 @@ def _kept(job: Job) -> list[str]:
     return list(job.spec["input"]["keep"])
 
 
-def _data_uri(data: bytes) -> str:
-    """The picture, made smaller if it is large, as a URI that holds it."""
-    picture = Image.open(io.BytesIO(data))
-    if max(picture.size) > _THUMBNAIL:
+def _data_uri(data: bytes) -> str | None:
+    """The picture, made smaller if it is large, as a URI that holds it; None for what is no picture (any more)."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if max(picture.size) <= _THUMBNAIL:
+            picture.verify()
+            return f"data:image/{str(picture.format).lower()};base64," + base64.b64encode(data).decode()
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
         picture.convert("RGB").save(buffer, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return f"data:image/{(picture.format or 'png').lower()};base64," + base64.b64encode(data).decode()
+    except Exception:  # Pillow's readers raise whatever a damaged file makes them
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

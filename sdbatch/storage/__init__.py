@@ -12,15 +12,15 @@ from sdbatch.storage.store import Entry, Store
 __all__ = ["Entry", "LocalStore", "S3Store", "Store", "open_store", "read_object"]
 
 
-def open_store(uri: str) -> Store:
-    """The store at a folder path, ``file://`` or ``s3://bucket/prefix``."""
+def open_store(uri: str, *, linked: bool = False) -> Store:
+    """The store at a folder path, ``file://`` or ``s3://bucket/prefix``; ``linked``: see LocalStore."""
     if uri.startswith("s3://"):
         return S3Store(uri)
     if uri.startswith("file://"):
-        return LocalStore(uri.removeprefix("file://"))
+        return LocalStore(uri.removeprefix("file://"), linked=linked)
     if "://" in uri:
         raise StorageError(f"'{uri}': no store of that kind; use a folder or s3://bucket/prefix")
-    return LocalStore(uri)
+    return LocalStore(uri, linked=linked)
 
 
 def read_object(uri: str) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Store(ABC):
 
     @abstractmethod
     def fetch(self, key: str, path: Path) -> None:
-        """Copy the object, however large, to a local file that is not there yet."""
+        """Copy the object, however large, to a local file that is not there yet; on failure there is none."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -69,3 +70,22 @@ def check_key(key: str) -> str:
     if not key or "\0" in key or any(part in {"", ".", ".."} for part in parts):
         raise StorageError(f"'{key}' is not a key")
     return key
+
+
+def same_bytes(pieces: Iterable[bytes], data: bytes) -> bool:
+    """Do the pieces, one after the other, make up ``data``? Reads no further than the first difference."""
+    rest = memoryview(data)
+    for piece in pieces:
+        if rest[: len(piece)] != piece:
+            return False
+        rest = rest[len(piece) :]
+    return not rest
+
+
+def cause(error: OSError) -> str:
+    """Why a file can't be read or written, in words."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command again"
+    if error.errno == errno.EDQUOT:
+        return "the disk quota is used up; free some space and run the same command again"
+    return error.strerror or str(error)

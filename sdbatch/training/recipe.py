@@ -50,7 +50,7 @@ class Recipe:
     clip_learning_rate: float = 1e-3
 
     pictures: int = 60_000  # in the denoiser's training set; captions are said anew at each visit
-    steps: int = 9_000
+    steps: int = 7_000
     batch: int = 32  # a worker
     learning_rate: float = 1.2e-3
     caption_dropout: float = 0.1

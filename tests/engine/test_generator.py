@@ -13,9 +13,9 @@ import torch
 
 from sdbatch.engine.generator import Generator, Refused
 from sdbatch.engine.models import find_model
-from sdbatch.engine.planner import _shards_of
+from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
-from sdbatch.ledger import Job, Shard, verify, write_job, write_slice
+from sdbatch.ledger import Job, Part, Shard, Shards, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import Picture, parse_spec
@@ -39,12 +39,12 @@ class Planned:
         rows: list[dict[str, str | None]] = [{"prompt": f"a red circle {i}"} for i in range(7)]
         self.requests = requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False))
         runs = cut(self.requests, 8)
-        (self.shard,) = _shards_of(runs, first=0, number=0)
-        job = Job(
-            self.spec.model_dump(mode="json"), self.spec.deciding(), [], find_model(self.spec.model).sha256, {}, 7, 0, 1
-        )
+        (self.shard,) = shards_of(runs)
+        sha256 = find_model(self.spec.model).sha256
+        part = Part("f" * 64, rows=7, slices=1, shards=1, planned=7, faulty=0)
+        job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], sha256, {}, (part,))
         write_slice(self.store, job.fingerprint, 0, to_table(self.requests, []))
-        self.job = write_job(self.store, job, [self.shard])
+        self.job = write_job(self.store, job, Shards.of([self.shard]))
 
     def generator(self) -> Generator:
         generator = Generator(self.spec.model_dump(mode="json"), self.job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sdbatch.engine import reading
 from sdbatch.engine.reading import Row, read_slices
 from sdbatch.errors import InputError
 from sdbatch.prompts import find_table
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 def read(uri: Path | str, **settings: object) -> list[list[Row]]:
     source = Input.model_validate({"uri": str(uri), **settings})
-    return list(read_slices(source, find_table(source)))
+    return [rows.to_pylist() for rows in read_slices(source, find_table(source))]
 
 
 def prompts(slices: list[list[Row]]) -> list[str | None]:
@@ -159,3 +161,46 @@ def test_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "ragged.csv").write_text("prompt,n\na,1\nb,2,3\n")
     with pytest.raises(InputError, match=r"ragged\.csv.*Expected 2 columns, got 3: b,2,3"):
         read(tmp_path / "ragged.csv")
+
+
+def test_slices_may_be_cut_as_they_were_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reading, "SLICE_ROWS", 4)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("prompt\n" + "".join(f"{name}{i}\n" for i in range(7)))
+    source = Input(uri=str(tmp_path))
+    slices = list(read_slices(source, find_table(source), [4, 1, 2]))
+    assert [len(rows) for rows in slices] == [4, 1, 2, 4, 3]
+    assert pa.concat_tables(slices).column("prompt").to_pylist() == [f"{name}{i}" for name in "ab" for i in range(7)]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "txt"])
+def test_a_row_without_end_is_refused_with_its_file(form: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{form}").write_text({"jsonl": '{"prompt": "a"}\n', "txt": "a\n"}.get(form, "prompt\na\n"))
+    long = "x" * 50_000_000
+    text = json.dumps({"prompt": long}) if form == "jsonl" else long if form == "txt" else f"prompt\n{long}"
+    (tmp_path / f"b.{form}").write_text(f"{text}\n")
+    for uri in (tmp_path, tmp_path / f"b.{form}"):
+        with pytest.raises(InputError, match=rf"b\.{form}.*a row has more than 8 MiB; shorten it"):
+            read(uri)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "txt"])
+def test_a_compressed_file_is_told_from_a_table(form: str, tmp_path: Path) -> None:
+    (tmp_path / f"b.{form}").write_bytes(gzip.compress(b"prompt\na\n"))
+    with pytest.raises(InputError, match=rf"b\.{form} is compressed \(gzip\); unpack it"):
+        read(tmp_path / f"b.{form}")
+
+
+@pytest.mark.parametrize("lie", ["length", "footer", "data"])
+def test_a_parquet_file_that_lies_about_itself_is_refused(lie: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": [f"prompt {i}" for i in range(100)]}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    forged = {
+        "length": whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1",
+        "footer": whole[:footer] + b"\xff" * 32 + whole[footer + 32 :],
+        "data": whole[:4] + bytes(200) + whole[204:],
+    }
+    (tmp_path / "b.parquet").write_bytes(forged[lie])
+    with pytest.raises(InputError, match=r"b\.parquet"):
+        read(tmp_path)

@@ -300,23 +300,6 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(
     assert sums(store) == undisturbed
 
 
-def test_a_shard_that_costs_too_many_actors_ends_the_job_by_name(
-    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
-) -> None:
-    write_prompts(tmp_path, 40)
-    job, store = write_job(**LONG, failures={"max_attempts": 1}), open_store(str(tmp_path / "out"))
-    process = shell.start("run", job)
-    wait_for_commits(process, store, 1)
-    for actor in generators(process.pid):
-        with_no_mercy(actor)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "was in work at the death of 1 generators (failures.max_attempts)" in err
-    assert "Traceback" not in err
-    sdbatch("run", job)
-    assert sdbatch.json("verify", "out")["ok"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_says_so_and_goes_on(
     number: signal.Signals, shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path

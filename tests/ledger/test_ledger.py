@@ -2,80 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from sdbatch.engine.shards import ShardCommitter, metadata_row
 from sdbatch.errors import OutputError, PlanChanged
 from sdbatch.ledger import (
+    Commits,
     Job,
-    Shard,
-    committed_shards,
+    Part,
+    Shards,
     failures,
     find_commit,
     read_job,
     read_shards,
     read_status,
     refuse_changes,
-    verify,
     write_job,
-    write_slice,
 )
-from sdbatch.outputs import EncodedPicture, encode, read_pictures
-from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, Shape, cut, requests_of_slice, to_table
-from sdbatch.spec import JobSpec, parse_spec
+from sdbatch.outputs import read_pictures
 from sdbatch.storage import LocalStore
-
-
-class Planned:
-    """Ten rows, of which the fourth can't be made, in shards of four."""
-
-    def __init__(self, root: Path, form: str = "images") -> None:
-        self.store = LocalStore(root)
-        self.spec: JobSpec = parse_spec(
-            {"name": "t", "input": {"uri": "x.csv"}, "output": {"uri": str(root), "format": form, "shard_size": 4}}
-        )
-        rows: list[dict[str, str | None]] = [{"prompt": None if i == 3 else f"prompt {i}"} for i in range(10)]
-        self.runs = cut(requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False)), 4)
-        shards, offset = [], 0
-        for number, run in enumerate(self.runs):
-            shape = Shape(64, 64, 20, "ddim", True, 1, None, False)
-            shards.append(Shard(number, 0, offset, len(run.requests), run.shape is not None, **asdict(shape)))
-            offset += len(run.requests)
-        job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], "f" * 64, {}, 10, 1, len(shards))
-        requests = [request for run in self.runs for request in run.requests]
-        write_slice(self.store, job.fingerprint, 0, to_table(requests, []))
-        self.job, self.shards = write_job(self.store, job, shards), shards
-        self.committer = ShardCommitter(self.store, self.spec, self.job, {})
-
-    def pictures(self, number: int, colour: int = 0) -> tuple[list[dict[str, Any]], list[EncodedPicture]]:
-        rows, pictures = [], []
-        for position, request in enumerate(self.runs[number].requests):
-            rows.append(self._row(number, request))
-            if request.fault is None:
-                data = encode(np.full((8, 8, 3), colour + position, np.uint8), self.spec.output.image, rows[-1])
-                pictures.append(EncodedPicture(position, rows[-1], data))
-        return rows, pictures
-
-    def _row(self, number: int, request: ImageRequest) -> dict[str, Any]:
-        return metadata_row(self.job, number, request, error=request.fault)
-
-    def commit(self, number: int, colour: int = 0) -> None:
-        rows, pictures = self.pictures(number, colour)
-        pictures = self.committer.writer.keep(self.shards[number].stem, pictures, last=True)
-        self.committer.commit(self.shards[number], rows, pictures, {"model": 1.0}, "w")
-
-    def verdict(self) -> Any:
-        return verify(self.store, read_pictures, lambda done, total: None)
+from tests.ledger.planned import Planned
 
 
 @pytest.fixture(params=["images", "webdataset", "parquet"])
 def planned(request: pytest.FixtureRequest, tmp_path: Path) -> Planned:
-    return Planned(tmp_path, request.param)
+    return Planned(LocalStore(tmp_path), request.param)
 
 
 def test_status_goes_from_planned_to_complete(planned: Planned) -> None:
@@ -106,11 +58,12 @@ def test_verify_names_what_is_missing_altered_and_extra(planned: Planned) -> Non
     at = rotten.index(b"IDAT")
     planned.store.put(data[0], rotten[: at + 8] + bytes([rotten[at + 8] ^ 1]) + rotten[at + 9 :])
     planned.store.put("data/stray.png", b"x")
+    planned.store.put("data/0000001/00009-stray.png", b"x")
     verdict = planned.verdict()
     assert not verdict.ok
     assert verdict.missing == ["00000003-0"]  # its shard has no record
     assert verdict.altered == ["00000000-0"]
-    assert verdict.extra == ["data/stray.png"]
+    assert verdict.extra == ["data/0000001/00009-stray.png", "data/stray.png"]
 
 
 def test_verify_notices_a_deleted_object_and_changed_metadata(planned: Planned) -> None:
@@ -125,18 +78,18 @@ def test_verify_notices_a_deleted_object_and_changed_metadata(planned: Planned) 
 def test_two_writers_leave_one_commit_that_matches_the_bytes(planned: Planned) -> None:
     """Even if their pictures differ, as those of two kinds of GPU may."""
     planned.commit(0, colour=0)
-    record = find_commit(planned.store, 0)
+    record = find_commit(planned.store, planned.shards[0])
     planned.commit(0, colour=100)
-    assert find_commit(planned.store, 0) == record
+    assert find_commit(planned.store, planned.shards[0]) == record
     for number in (1, 2, 3):
         planned.commit(number)
     assert planned.verdict().ok
 
 
 def test_a_writer_that_dies_between_pictures_and_metadata_is_taken_over(planned: Planned) -> None:
-    _, pictures = planned.pictures(0, colour=0)
-    writer = planned.committer.writer
-    writer.finish("0000000", writer.keep("0000000", pictures, last=True))
+    shard = planned.shards[0]
+    pictures = [end.picture for end in planned.keep(shard, planned.ended(shard)) if end.picture is not None]
+    planned.committer.writer.finish(shard.stem, pictures)
     assert planned.committer.finish_started(planned.shards[0]) is None
     planned.commit(0, colour=100)  # another machine, other bytes: those stored first stand
     for number in (1, 2, 3):
@@ -149,11 +102,11 @@ def test_a_writer_that_dies_between_pictures_and_metadata_is_taken_over(planned:
 
 def test_a_writer_that_dies_between_metadata_and_commit_costs_nothing(planned: Planned) -> None:
     planned.commit(0)
-    planned.store.delete("_sdbatch/commits/0000000.json")
+    planned.store.delete("_sdbatch/commits/00000/0000000.json")
     record = planned.committer.finish_started(planned.shards[0])
     assert record is not None
     assert record.committed == 4
-    assert committed_shards(planned.store) == {0}
+    assert [found.shard for found in Commits(planned.store).newest()] == [0]
 
 
 def _paths(planned: Planned) -> list[str]:
@@ -163,15 +116,15 @@ def _paths(planned: Planned) -> list[str]:
 
 
 def test_the_plan_reads_back_and_the_first_planner_decides(tmp_path: Path) -> None:
-    planned = Planned(tmp_path)
-    assert read_shards(planned.store, planned.job) == planned.shards
-    other = Job({}, {}, [], "0" * 64, {}, 1, 0, 1)
-    assert write_job(planned.store, other, planned.shards) == planned.job
+    planned = Planned(LocalStore(tmp_path))
+    assert list(read_shards(planned.store, planned.job)) == planned.shards
+    other = Job({}, {}, [], "0" * 64, {}, (Part("0" * 64, 1, 1, 1, 1, 0),))
+    assert write_job(planned.store, other, Shards.of(planned.shards)) == planned.job
     assert read_job(planned.store).fingerprint == planned.job.fingerprint
 
 
 def test_changes_are_refused_with_the_difference(tmp_path: Path) -> None:
-    planned = Planned(tmp_path)
+    planned = Planned(LocalStore(tmp_path))
     changed = planned.spec.deciding()
     changed["generate"]["seed"] = 8
     with pytest.raises(PlanChanged, match=r"generate\.seed: 0 → 8") as caught:
@@ -183,7 +136,7 @@ def test_changes_are_refused_with_the_difference(tmp_path: Path) -> None:
 
 
 def test_a_damaged_job_file_is_named(tmp_path: Path) -> None:
-    store = Planned(tmp_path).store
+    store = Planned(LocalStore(tmp_path)).store
     store.put("_sdbatch/job.yaml", b"spec: [")
     with pytest.raises(OutputError, match=r"_sdbatch/job\.yaml is damaged"):
         read_status(store)

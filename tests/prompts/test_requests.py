@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +14,14 @@ from sdbatch.prompts import (
     ModelFacts,
     RowIds,
     cut,
+    doubled_ids,
     from_table,
     image_seed,
     odd_sizes,
     requests_of_slice,
+    rows_sha256,
     to_table,
+    usable_ids,
 )
 from sdbatch.spec import JobSpec, parse_spec
 
@@ -37,7 +41,13 @@ def spec(**generate: Any) -> JobSpec:
 
 
 def requests(rows: list[dict[str, str | None]], job: JobSpec | None = None, mapped: bool = False) -> list[ImageRequest]:
-    return requests_of_slice(rows, 0, job or spec(), ModelFacts((64, 64)), RowIds(mapped))
+    return requests_of_slice(rows, 0, job or spec(), ModelFacts((64, 64)), RowIds(mapped, doubles(rows)))
+
+
+def doubles(rows: list[dict[str, str | None]]) -> dict[int, int]:
+    ids = pa.chunked_array([pa.array([row.get("id") for row in rows], pa.string())])
+    found = doubled_ids(usable_ids(ids, 0))[1]
+    return dict(zip(found.column("row").to_pylist(), found.column("first").to_pylist(), strict=True))
 
 
 def fault(row: dict[str, str | None], **generate: Any) -> str | None:
@@ -151,3 +161,29 @@ def test_every_row_ends_in_exactly_one_shard(rows: list[dict[str, str | None]], 
 def test_the_plan_keeps_requests_as_they_are(rows: list[dict[str, str | None]]) -> None:
     planned = requests(rows, mapped=True)
     assert from_table(to_table(planned, ["note"])) == planned
+
+
+@given(ids=st.lists(st.one_of(st.none(), st.sampled_from(["", "a", "b", "c", "row:1", "å"])), max_size=20))
+def test_every_id_is_its_first_rows_and_nobody_elses(ids: list[str | None]) -> None:
+    usable = usable_ids(pa.chunked_array([pa.array(ids, pa.string())]), 10)
+    firsts, found = doubled_ids(usable)
+    seen: dict[str, int] = {}
+    expected = {}
+    for row, name in enumerate(ids, 10):
+        if name in {"a", "b", "c", "å"} and seen.setdefault(name, row) != row:
+            expected[row] = seen[name]
+    assert dict(zip(found.column("row").to_pylist(), found.column("first").to_pylist(), strict=True)) == expected
+    assert dict(zip(firsts.column("id").to_pylist(), firsts.column("row").to_pylist(), strict=True)) == seen
+
+
+def test_a_digest_of_rows_sees_every_cell_and_no_chunk() -> None:
+    whole = pa.table({"prompt": ["a", "b", None], "id": ["1", "2", "3"]})
+    chunked = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
+    others = [
+        pa.table({"prompt": ["a", "b", ""], "id": ["1", "2", "3"]}),
+        pa.table({"prompt": ["ab", "", None], "id": ["1", "2", "3"]}),
+        pa.table({"prompt": ["1", "2", "3"], "id": ["a", "b", None]}),
+        whole.slice(0, 2),
+    ]
+    assert rows_sha256(chunked) == rows_sha256(whole)
+    assert len({rows_sha256(table) for table in [whole, *others]}) == 5

@@ -10,7 +10,6 @@ import pytest
 
 from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.storage import Entry, LocalStore, S3Store, Store, open_store
-from sdbatch.storage import s3 as s3_module
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -99,26 +98,14 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="can't be written: Not a directory"):
+    with pytest.raises(StorageError, match=r"file/x can't be written: .*file is no folder"):
         LocalStore(tmp_path / "file").put("x", b"")
-
-
-def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
-    with pytest.raises(StorageError, match="there is no bucket 'no-such-bucket'; create it first"):
-        open_store("s3://no-such-bucket/x").put("y", b"")
 
 
 def test_wrong_credentials_end_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(StorageError, match="was refused: SignatureDoesNotMatch"):
+    with pytest.raises(StorageError, match=r"was refused: SignatureDoesNotMatch .*; check AWS_SECRET_ACCESS_KEY"):
         S3Store(f"s3://{bucket}").put("x", b"")
-
-
-def test_a_server_that_is_gone_ends_in_a_clear_error(monkeypatch: pytest.MonkeyPatch, s3_server: str) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(s3_module, "PATIENCE", 0.5)
-    with pytest.raises(StorageError, match="the store can't be reached"):
-        S3Store("s3://bucket").put("x", b"")
 
 
 def test_broken_settings_are_named(monkeypatch: pytest.MonkeyPatch, s3_server: str) -> None:

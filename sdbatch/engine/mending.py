@@ -1,0 +1,113 @@
+"""Making again: quarantined requests that deserve another try, pictures that were lost or altered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from sdbatch.engine.planner import Prepared, prepare
+from sdbatch.engine.runner import Outcome, Watch, driving, finish
+from sdbatch.errors import Problem, SpecError, UsageError
+from sdbatch.ledger import (
+    Again,
+    CommitRecord,
+    Commits,
+    Job,
+    Round,
+    examine,
+    newest_round,
+    put_round,
+    read_job,
+    read_shards,
+)
+from sdbatch.outputs import decode_metadata, opens, read_pictures
+from sdbatch.spec import JobSpec, overridden, parse_spec
+from sdbatch.storage import Store
+
+#: Sections and fields that may be changed for a retry: what the plan has fixed for each request may not.
+_CHANGEABLE = (
+    "model.",
+    "resources.",
+    "failures.",
+    "output.image.",
+    "generate.eta",
+    "generate.guidance_rescale",
+    "generate.guidance_interval",
+    "generate.clip_skip",
+)
+_READERS = 8
+
+
+def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
+    """Run the quarantined requests again, with their seeds and in their slots.
+
+    ``changed`` are fields of the spec, ``field=value``, that are to be otherwise this time; they are recorded.
+    Requests that were refused at plan time stay so. What an earlier run left undone is made, too.
+    """
+    for change in changed:
+        if not change.startswith(_CHANGEABLE):
+            fields = ", ".join(f"{name}*" if name.endswith(".") else name for name in _CHANGEABLE)
+            raise SpecError("--set", [Problem(change, "can't be changed for a retry", f"what can: {fields}")])
+    return _again(store, "retry", tuple(changed), lambda job: _quarantined(store, job), watch)
+
+
+def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
+    """Make again what ``verify`` finds missing or altered, and what an earlier run left undone."""
+
+    def damaged(job: Job) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
+        for done, found in enumerate(examine(store, job, read_pictures, opens), 1):
+            progress(done, job.shards)
+            if found.record is not None and found.damaged:
+                yield found.record, found.damaged
+
+    return _again(store, "repair", (), damaged, watch)
+
+
+def _again(
+    store: Store,
+    kind: str,
+    changed: tuple[str, ...],
+    find: Callable[[Job], Iterator[tuple[CommitRecord, tuple[int, ...]]]],
+    watch: Watch,
+) -> Outcome:
+    """Begin a round of what ``find`` finds, records and positions, and make it."""
+    started = time.perf_counter()
+    job = read_job(store)
+    prepared = prepared_again(store, job, changed)
+    with driving(prepared, watch) as check:
+        last = newest_round(store)
+        if last is not None and not last.finished(Commits(store)):
+            finish(prepared, job, watch, check, started)
+        shards = {record.shard: Again(record.slice, record.edition, positions) for record, positions in find(job)}
+        if shards:
+            put_round(store, Round(last.edition + 1 if last else 2, kind, changed, shards))
+        return finish(prepared, job, watch, check, started)
+
+
+def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:
+    """The job as it was planned, but for the changes. Raises UsageError when its model is another one now."""
+    spec: JobSpec = overridden(parse_spec(job.spec, "the output's job.yaml"), changed)
+    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"uri": store.uri})})
+    prepared = prepare(spec)
+    if prepared.model.sha256 != job.model_sha256:
+        raise UsageError(
+            f"model.uri: {spec.model.uri} is another model than the job was planned with; name where that one lies now "
+            "by --set model.uri=…"
+        )
+    return prepared
+
+
+def _quarantined(store: Store, job: Job) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
+    """Records with quarantined requests that could be made, and the positions of these."""
+    shards = read_shards(store, job)
+    makeable: Mapping[int, bool] = dict(zip(shards.column("number").tolist(), shards.column("makeable"), strict=True))
+    records = (record for record in Commits(store).newest() if record.quarantined and makeable[record.shard])
+
+    def positions(record: CommitRecord) -> tuple[int, ...]:
+        rows = decode_metadata(store.get(record.metadata_key))
+        return tuple(position for position, row in enumerate(rows) if row["status"] == "quarantined")
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        several = list(records)
+        yield from zip(several, pool.map(positions, several), strict=True)

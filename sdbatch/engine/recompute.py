@@ -1,0 +1,70 @@
+"""The proof of reproducibility: pictures made again, compared with the stored ones byte by byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.generator import Generator
+from sdbatch.engine.mending import prepared_again
+from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
+from sdbatch.outputs import decode_metadata
+from sdbatch.storage import Store
+
+
+@dataclass
+class Recomputed:
+    """How many images came out the same, and the ids of those that did not."""
+
+    same: int = 0
+    different: list[str] = field(default_factory=list)
+
+
+def recompute(store: Store, count: int, progress: Callable[[int, int], None]) -> Recomputed:
+    """Make ``count`` committed images again, spread by chance over the job, always the same ones.
+
+    Shards that were mended since are left out: not all of their pictures were made with one spec.
+    """
+    job = read_job(store)
+    prepared = prepared_again(store, job, ())
+    found, asked = Recomputed(), 0
+    with ray_session(prepared.spec.resources):
+        check_capacity(prepared.spec.resources)
+        resources = prepared.spec.resources
+        remote: Any = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(Generator)
+        actor = remote.remote(prepared.located.model_dump(mode="json"), job)
+        ray.get(actor.load.remote())
+        for shard, rows in _chosen(store, job, count):
+            sums = ray.get(actor.checksums.remote(shard, list(rows)))
+            for position, row in rows.items():
+                if sums[position] == row["sha256"]:
+                    found.same += 1
+                else:
+                    found.different.append(row["image_id"])
+            asked += len(rows)
+            progress(asked, count)
+        ray.kill(actor)
+    return found
+
+
+def _chosen(store: Store, job: Job, count: int) -> Iterator[tuple[Shard, dict[int, dict[str, Any]]]]:
+    """Shards in an order that the job's fingerprint decides, and of each some rows of its metadata by their places."""
+    shards, commits, chance = read_shards(store, job).makeable(), Commits(store), random.Random(job.fingerprint)
+    a_shard = -(-count // max(len(shards), 1))
+    for place in chance.sample(range(len(shards)), len(shards)):
+        if count <= 0:
+            return
+        (shard,) = Shards(shards.table.slice(place, 1))
+        record = commits.of_slice(shard.slice).get(shard.number)
+        if record is None or record.edition > 1:
+            continue
+        rows = decode_metadata(store.get(record.metadata_key))
+        made = [position for position, row in enumerate(rows) if row["status"] == "committed"]
+        picked = sorted(chance.sample(made, min(a_shard, count, len(made))))
+        count -= len(picked)
+        yield shard, {position: rows[position] for position in picked}

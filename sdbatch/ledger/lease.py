@@ -1,0 +1,166 @@
+"""The lease: at most one driver works on an output, as far as that can be known.
+
+    _sdbatch/lease/0000001.json        who took it; written once, so of two drivers one has it
+    _sdbatch/lease/0000001.beat.json   its heartbeat, written anew every few seconds, by the holder alone
+
+A driver is alive while its heartbeat changes, seen by the clock of who looks. One that ended says so in its last beat,
+and one whose process is gone from the same machine need not be waited for. Who takes over writes the next number. The
+lease saves work and confusion; what keeps commits right when two drivers do work at once is that they are written once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdbatch.errors import ObjectNotFound, OutputError, StorageError
+from sdbatch.storage import Store
+
+_PREFIX = "_sdbatch/lease/"
+_KEPT = 2  # leases that stay when a new one is taken; older ones are history
+
+#: Seconds between two heartbeats, and without one after which a driver counts as dead.
+BEAT = 5.0
+DEAD = 20.0
+
+
+@contextmanager
+def hold_lease(
+    store: Store, on_wait: Callable[[str], None], *, beat: float = BEAT, dead: float = DEAD
+) -> Iterator[Callable[[], None]]:
+    """Hold the output's lease. Yields a check that raises OutputError once another driver has taken over.
+
+    Raises OutputError while another driver holds it and is alive; ``on_wait`` hears of whom it takes a while to tell.
+    """
+    number = _newest(store)
+    if number and not _is_over(store, number, on_wait, dead):
+        raise OutputError(f"{_in_use(store, number)}; wait for it, or stop it")
+    number += 1
+    mine = {"token": uuid.uuid4().hex, "host": platform.node(), "boot": _boot(), "pid": os.getpid(), "since": _since()}
+    if not store.put_if_absent(_key(number), json.dumps(mine).encode()):
+        raise OutputError(f"{_in_use(store, number)}; it was a moment faster")
+    for old in range(max(number - 2 * _KEPT, 1), number - _KEPT + 1):
+        store.delete(_beat_key(old))
+        store.delete(_key(old))
+    heart = _Heart(store, number, beat)
+    heart.start()
+    try:
+        yield heart.check
+    finally:
+        heart.stop()
+
+
+class _Heart(threading.Thread):
+    """Beats until it is stopped, and notices a successor."""
+
+    def __init__(self, store: Store, number: int, pause: float) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._store, self._number, self._pause = store, number, pause
+        self._stopped = threading.Event()
+        self._lost = False
+        self._beat({"beat": 0})
+
+    def run(self) -> None:
+        count = 0
+        while not self._stopped.wait(self._pause):
+            count += 1
+            try:
+                self._beat({"beat": count})
+                self._lost = self._store.exists(_key(self._number + 1))
+            except StorageError:  # a store that is away for longer ends the job by itself
+                continue
+            if self._lost:
+                return
+
+    def check(self) -> None:
+        if self._lost:
+            raise OutputError(f"{_in_use(self._store, self._number + 1)}: it found no sign of life of this one")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+        if not self._lost:
+            try:
+                self._beat({"ended": True})
+            except StorageError:  # the next driver will wait for a heartbeat that does not come
+                return
+
+    def _beat(self, content: dict[str, Any]) -> None:
+        self._store.put(_beat_key(self._number), json.dumps(content).encode())
+
+
+def _is_over(store: Store, number: int, on_wait: Callable[[str], None], dead: float) -> bool:
+    """Did the holder of this lease end or die? Found out at once, or by waiting for its heart to beat."""
+    holder, first = _read(store, _key(number)), _read(store, _beat_key(number))
+    if first.get("ended") or _is_dead_here(holder):
+        return True
+    if _is_alive_here(holder):
+        return False
+    on_wait(f"waiting up to {dead:.0f} s to see whether the driver on {holder.get('host', 'another machine')} is alive")
+    deadline = time.monotonic() + dead
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, dead / 10))
+        now = _read(store, _beat_key(number))
+        if now != first:
+            return bool(now.get("ended"))
+    return True
+
+
+def _is_dead_here(holder: dict[str, Any]) -> bool:
+    """Was it a process of this very machine, which runs no more?"""
+    return holder.get("boot") == _boot() != "" and not _is_alive_here(holder)
+
+
+def _is_alive_here(holder: dict[str, Any]) -> bool:
+    return holder.get("boot") == _boot() != "" and _since(holder.get("pid")) == holder.get("since") is not None
+
+
+def _boot() -> str:
+    """A word for this machine since it was started, with its process ids' name space; empty where it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _since(pid: int | None = None) -> str | None:
+    """When a process of this machine began, in its own ticks; None where there is none, or only its exit status."""
+    try:
+        fields = Path(f"/proc/{pid or os.getpid()}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in {"Z", "X"} else fields[19]
+
+
+def _newest(store: Store) -> int:
+    numbers = [int(entry.key.removeprefix(_PREFIX).partition(".")[0]) for entry in store.list(_PREFIX)]
+    return max(numbers, default=0)
+
+
+def _in_use(store: Store, number: int) -> str:
+    holder = _read(store, _key(number))
+    return f"output.uri: {store.uri} is in use by the driver {holder.get('pid')} on {holder.get('host')}"
+
+
+def _read(store: Store, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(store.get(key))
+        return content if isinstance(content, dict) else {}
+    except (ObjectNotFound, ValueError):
+        return {}
+
+
+def _key(number: int) -> str:
+    return f"{_PREFIX}{number:07d}.json"
+
+
+def _beat_key(number: int) -> str:
+    return f"{_PREFIX}{number:07d}.beat.json"

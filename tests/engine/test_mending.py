@@ -1,0 +1,108 @@
+"""After the run: what failed is made again, what was lost is repaired, what grew is extended, by the commands."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+from PIL import Image
+
+from sdbatch.storage import LocalStore
+from tests.conftest import CommandLine, Shell
+from tests.engine.test_run import kill_everything, sums
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(params=["images", "webdataset"])
+def job(request: pytest.FixtureRequest, write_job: Write, tmp_path: Path) -> Path:
+    """Twelve rows, of which two start from pictures that are not there yet, and one has no prompt."""
+    rows = [f"a red circle {i},{'late.png' if i in (3, 6) else ''}" for i in range(11)]
+    (tmp_path / "prompts.csv").write_text("\n".join(["prompt,start", *rows, ",", ""]))
+    return write_job(
+        model={"uri": "builtin:null"},
+        input={"columns": {"init_image": "start"}},
+        output={"format": request.param, "shard_size": 5},
+        failures={"max_failed_fraction": 1},
+    )
+
+
+def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, job: Path, tmp_path: Path) -> None:
+    sdbatch("run", job, code=3)
+    store = LocalStore(tmp_path / "out")
+    before = {row["image_id"]: row for row in rows(tmp_path)}
+    assert {name for name, row in before.items() if row["error"]} == {"00000003-0", "00000006-0", "00000011-0"}
+    failed = sdbatch.json("retry", "out", code=3)
+    assert (failed["made_now"], failed["quarantined"]) == (10, 3)  # the picture is still missing
+
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "late.png")
+    told = sdbatch.json("retry", "out", "--set", "resources.actors=2", code=3)
+    assert (told["state"], told["committed"], told["quarantined"]) == ("complete", 11, 1)  # no prompt: refused for good
+    after = {row["image_id"]: row for row in rows(tmp_path)}
+    for name, row in before.items():
+        if not row["error"]:
+            assert after[name]["sha256"] == row["sha256"]
+    assert after["00000003-0"]["seed"] == before["00000003-0"]["seed"]
+    verdict = sdbatch.json("verify", "out")
+    assert verdict["ok"]
+    assert verdict["extra"] == []
+    rounds = [json.loads(store.get(entry.key)) for entry in store.list("_sdbatch/rounds/")]
+    assert [found["changed"] for found in rounds] == [[], ["resources.actors=2"]]
+    sdbatch("run", job, code=3)  # is done, and stays so
+    assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == {n: row["sha256"] for n, row in after.items()}
+
+
+def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine, job: Path) -> None:
+    sdbatch("run", job, code=3)
+    ended = sdbatch("retry", "out", "--set", "generate.seed=8", code=2)
+    assert "generate.seed=8: can't be changed for a retry" in ended.stderr
+
+
+def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
+    sdbatch: CommandLine, job: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "late.png")
+    sdbatch("run", job, code=3)
+    store = LocalStore(tmp_path / "out")
+    before = {row["image_id"]: row["sha256"] for row in rows(tmp_path)}
+    data = [entry.key for entry in store.list("data/")]
+    store.delete(data[0])
+    store.put(data[-1], store.get(data[-1])[:-20] + b"x" * 20)
+    store.delete("metadata/0000001.parquet")
+    assert not sdbatch.json("verify", "out", code=1)["ok"]
+    told = sdbatch.json("repair", "out", code=3)
+    assert (told["state"], told["committed"]) == ("complete", 11)
+    verdict = sdbatch.json("verify", "out", "--recompute", "4")
+    assert verdict["ok"]
+    assert verdict["recomputed"] > 0
+    assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
+
+
+def test_a_second_driver_is_refused_while_the_first_is_at_work(shell: Shell, write_job: Write, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "a red circle\n" * 200)
+    job = write_job(generate={"num_inference_steps": 20}, output={"shard_size": 8}, resources={"batch_size": 4})
+    store = LocalStore(tmp_path / "out")
+    first = shell.start("run", job)
+    deadline = time.monotonic() + 120
+    while not list(store.list("_sdbatch/commits/")):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ended = shell("run", job, code=2)
+    assert f"is in use by the driver {first.pid}" in ended.stderr
+    assert first.poll() is None
+    kill_everything(first)
+    before = sums(store)
+    assert before
+    shell("run", job, "--set", "generate.num_inference_steps=20")  # a dead driver of this machine holds nobody up
+    assert before.items() <= sums(store).items()
+    assert shell.json("verify", "out")["ok"]
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = ds.dataset(folder / "out/metadata").to_table().to_pylist()
+    return found
