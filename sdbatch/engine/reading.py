@@ -59,7 +59,9 @@ def _read(source: Input, table: Table, wanted: Mapping[str, str], sizes: Iterato
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         yield from _cut(batches, sizes, math.inf if source.limit is None else source.limit)
     except (RayError, OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"input.uri: {source.uri} can't be read: {_remedy(error, table)}") from None
+        raise InputError(
+            f"input.uri: {source.uri} can't be read: {_remedy(error, table, sorted(set(wanted.values())))}"
+        ) from None
 
 
 def _cut(batches: Iterable[pa.Table], sizes: Iterator[int], left: float) -> Iterator[pa.Table]:
@@ -133,14 +135,7 @@ def _dataset(table: Table, wanted: Mapping[str, str]) -> ray.data.Dataset:
     if table.format == "parquet":
         dataset = ray.data.read_parquet(paths, filesystem=filesystem, file_extensions=None, partitioning=None)
         return dataset.select_columns(columns)
-    # Cells are read as bytes and decoded one by one, so that a bad one is its row's fault and nobody else's.
-    kinds = {name: pa.binary() for name in columns}
-    if table.format in {"csv", "tsv"}:
-        read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-        convert = pa.csv.ConvertOptions(include_columns=columns, column_types=kinds)
-    else:
-        read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False, column_names=[_LINE])
-        convert = pa.csv.ConvertOptions(column_types={_LINE: pa.binary()})
+    read, convert = _csv_options(table.format, columns)
     return ray.data.read_csv(
         paths,
         filesystem=filesystem,
@@ -149,6 +144,16 @@ def _dataset(table: Table, wanted: Mapping[str, str]) -> ray.data.Dataset:
         parse_options=_parse_options(table.format),
         convert_options=convert,
     )
+
+
+def _csv_options(form: str, columns: Sequence[str]) -> tuple[pa.csv.ReadOptions, pa.csv.ConvertOptions]:
+    """Cells are read as bytes and decoded one by one, so that a bad one is its row's fault and nobody else's."""
+    if form in {"csv", "tsv"}:
+        kinds = {name: pa.binary() for name in columns}
+        read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
+        return read, pa.csv.ConvertOptions(include_columns=columns, column_types=kinds)
+    read = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False, column_names=[_LINE])
+    return read, pa.csv.ConvertOptions(column_types={_LINE: pa.binary()})
 
 
 def _parse_options(form: str) -> pa.csv.ParseOptions:
@@ -267,19 +272,28 @@ def _compressed(table: Table, file: InputFile) -> str | None:
     return None
 
 
-def _remedy(error: BaseException, table: Table) -> str:
-    """What went wrong, and what to do where that is known."""
-    told = _root_cause(error)
-    if _is_too_long(told, table):
-        return f"{told}: {_TOO_LONG}"
+def _remedy(error: BaseException, table: Table, columns: Sequence[str]) -> str:
+    """What is wrong with which file, found by reading them here, one by one: Ray tells it in pages."""
     for file in table.files:
         if compressed := _compressed(table, file):
             return compressed
         try:
-            _column_names(table.format, file)
+            _read_through(table.format, file, columns)
         except (OSError, ValueError, pa.ArrowException) as broken:
-            return f"{file.uri}: {broken}"
-    return told
+            return f"{file.uri}: {_TOO_LONG if _is_too_long(str(broken), table) else broken}"
+    return _root_cause(error)
+
+
+def _read_through(form: str, file: InputFile, columns: Sequence[str]) -> None:
+    filesystem, path = _locate(file.uri)
+    with filesystem.open_input_file(path) as opened:
+        if form == "parquet":
+            batches: Iterable[Any] = pq.ParquetFile(opened).iter_batches(columns=columns)
+        else:
+            read, convert = _csv_options(form, columns)
+            batches = pa.csv.open_csv(opened, read, _parse_options(form), convert)
+        for _ in batches:
+            continue
 
 
 def _is_too_long(told: str, table: Table) -> bool:

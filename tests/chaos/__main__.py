@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="strokes fall for so long at most")
     parser.add_argument("--pause", type=float, default=15.0, help="seconds between strokes, on average")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path(".work/chaos"))
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)

@@ -119,6 +119,8 @@ def test_a_job_goes_on_while_nodes_come_are_drained_and_vanish(
     nodes: Nodes = request.getfixturevalue("nodes")  # not before: this process has a Ray of its own
     store = open_store(str(tmp_path / "out"))
     nodes.add("first")
+    while "first" not in nodes.ids():
+        assert nodes.workers["first"].poll() is None
     process = shell.start("run", job, "--json")
     try:
         wait_for_commits(process, store, 1)
