@@ -38,7 +38,9 @@ Json = dict[str, Any]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One of pytest's workers does all that takes a Ray: two at once bring a machine of two cores to a halt."""
     for item in items:
-        takes_ray = {"ray_here", "shell"} & set(getattr(item, "fixturenames", ()))
+        takes_ray = item.get_closest_marker("takes_ray") or {"ray_here", "shell"} & set(
+            getattr(item, "fixturenames", ())
+        )
         item.add_marker(pytest.mark.xdist_group("ray" if takes_ray else item.nodeid.partition("::")[0]))
 
 

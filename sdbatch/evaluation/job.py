@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from sdbatch.engine.null import NULL
 from sdbatch.errors import JobFailed, OutputError, PlanChanged, StorageError, UsageError
 from sdbatch.evaluation import fidelity as fidelities
 from sdbatch.evaluation.fidelity import Fidelity
@@ -67,6 +68,8 @@ def prepare(
     overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Check everything and write the prompts. Raises UsageError; PlanChanged where OUTPUT has other prompts."""
+    if model == NULL:
+        raise UsageError(f"MODEL: {NULL} reads no prompts; there is nothing to evaluate")
     for override in overrides:
         field = override.partition("=")[0].strip()
         if field in _ELSEWHERE:

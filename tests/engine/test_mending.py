@@ -56,8 +56,7 @@ def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, j
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == {n: row["sha256"] for n, row in after.items()}
 
 
-def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine, job: Path) -> None:
-    sdbatch("run", job, code=3)
+def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine) -> None:
     ended = sdbatch("retry", "out", "--set", "generate.seed=8", code=2)
     assert "generate.seed=8: can't be changed for a retry" in ended.stderr
 

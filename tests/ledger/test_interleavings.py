@@ -252,4 +252,4 @@ def one_thread_a_writer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=2, stateful_step_count=15)
+TestInterleavings.settings = settings(max_examples=15, stateful_step_count=25)
