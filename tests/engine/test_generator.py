@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sdbatch.engine.models import find_model
 from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Part, Shard, Shards, verify, write_job, write_slice
-from sdbatch.outputs import EncodedPicture, decode_metadata, read_pictures
+from sdbatch.outputs import EncodedPicture, decode_metadata, opens, read_pictures
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import Picture, parse_spec
 from sdbatch.storage import LocalStore
@@ -53,6 +53,14 @@ class Planned:
 
     def sums(self) -> list[str]:
         return [row["sha256"] for row in decode_metadata(self.store.get("metadata/0000000.parquet"))]
+
+
+def placed(requests: Sequence[ImageRequest]) -> dict[int, ImageRequest]:
+    return dict(enumerate(requests))
+
+
+def pixels(result: Any) -> Any:
+    return result[0]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,7 @@ def test_a_broken_device_is_no_requests_fault(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(generator, "_compute", fail)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Killed):
-        generator._make(Planned(tmp_path / "b").requests[:3])
+        generator._make(0, placed(Planned(tmp_path / "b").requests[:3]))
 
 
 class Killed(BaseException):
@@ -115,12 +123,12 @@ def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, p
     dying = planned.generator()
     make, calls = dying._make, []
 
-    def die_in_the_second_batch(batch: Sequence[ImageRequest]) -> Any:
+    def die_in_the_second_batch(first: int, batch: Mapping[int, ImageRequest], *others: Any) -> Any:
         calls.append(batch)
         if len(calls) == 2:
             dying._finishers.shutdown(wait=True)
             raise Killed
-        return make(batch)
+        return make(first, batch, *others)
 
     dying._make = die_in_the_second_batch  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -129,7 +137,7 @@ def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, p
     receipt = planned.generator().run_shard(planned.shard)
     assert (receipt.committed, receipt.batches) == (7, 2)
     assert planned.sums() == peaceful
-    assert verify(planned.store, read_pictures, lambda done, total: None).ok
+    assert verify(planned.store, read_pictures, opens, lambda done, total: None).ok
     assert list(planned.store.list("_sdbatch/batches/")) == []
 
 
@@ -157,16 +165,16 @@ def test_a_picture_that_is_not_finite_is_refused_and_no_other(tmp_path: Path) ->
     planned = Planned(tmp_path)
     generator = planned.generator()
     batch = [planned.requests[0], dataclasses.replace(planned.requests[1], guidance_scale=1e38), planned.requests[2]]
-    results = generator._make(batch)
-    assert [isinstance(result, Refused) for result in results] == [False, True, False]
-    assert (results[0][0] == generator._make(planned.requests[:3])[0][0]).all()
+    results = generator._make(0, placed(batch))
+    assert [isinstance(result, Refused) for result in results.values()] == [False, True, False]
+    assert (pixels(results[0]) == pixels(generator._make(0, placed(planned.requests[:3]))[0])).all()
 
 
 def test_a_cut_prompt_is_recorded(tmp_path: Path) -> None:
     planned = Planned(tmp_path)
     generator = planned.generator()
     long = dataclasses.replace(planned.requests[0], prompt="a red circle " * 40)
-    ended = generator._finish(planned.shard, 0, [long], generator._make([long]), True)
+    ended = generator._finish(planned.shard, {0: long}, generator._make(0, {0: long}), True)
     assert ended[0].row["truncated"] is True
     assert isinstance(ended[0].picture, EncodedPicture)
 
@@ -178,9 +186,9 @@ def test_a_picture_that_its_format_cannot_hold_is_refused(tmp_path: Path) -> Non
         update={"output": generator.spec.output.model_copy(update={"image": Picture(type="jpeg")})}
     )
     wordy = dataclasses.replace(planned.requests[0], negative_prompt="x" * 40_000)
-    (ended,) = generator._finish(planned.shard, 0, [wordy], generator._make([wordy]), True)
-    assert ended.picture is None
-    assert "can't be encoded as jpeg" in ended.row["error"]
+    ended = generator._finish(planned.shard, {0: wordy}, generator._make(0, {0: wordy}), True)
+    assert ended[0].picture is None
+    assert "can't be encoded as jpeg" in ended[0].row["error"]
 
 
 def test_a_committed_shard_is_not_made_again(tmp_path: Path) -> None:
