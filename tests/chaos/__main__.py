@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="strokes fall for so long at most")
     parser.add_argument("--pause", type=float, default=15.0, help="seconds between strokes, on average")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path(".work/chaos"))
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -153,7 +153,6 @@ def _fire(
             continue
         following = chance.expovariate(1 / pause)
         if time.monotonic() - began > seconds:
-            proxy.set({})
             continue
         family = psutil.Process(driver.pid).children(recursive=True)
         actors = [process for process in family if _is(process, "ray::Generator")]
