@@ -71,14 +71,16 @@ def test_the_bytes_are_the_same_whatever_batch_and_actor(
     assert sums[0] == sums[1]
 
 
-def test_a_job_goes_on_where_it_stopped(sdbatch: CommandLine, write_job: Write, tmp_path: Path, prompts: None) -> None:
+def test_what_was_taken_away_is_made_again(
+    sdbatch: CommandLine, write_job: Write, tmp_path: Path, prompts: None
+) -> None:
     job = write_job(model=MODEL, output={"format": "webdataset"})
     sdbatch("run", job)
     before = {row["image_id"]: row["sha256"] for row in metadata(tmp_path / "out")}
     store = open_store(str(tmp_path / "out"))
     for key in [entry.key for entry in store.list("") if "0000001" in entry.key]:
-        store.delete(key)  # all of the second shard, as if it had never been begun
-    assert sdbatch.json("run", job)["made_now"] == 8
+        store.delete(key)  # all of the second shard
+    assert sdbatch.json("repair", "out")["made_now"] == 8
     assert {row["image_id"]: row["sha256"] for row in metadata(tmp_path / "out")} == before
     assert sdbatch.json("verify", "out")["ok"]
 
