@@ -32,13 +32,13 @@ def in_order(started: Iterator[ray.ObjectRef[Any]]) -> Iterator[Any]:
         running.extend(islice(started, 1))
 
 
-def result_of(ref: ray.ObjectRef[Any]) -> Any:
+def result_of(ref: ray.ObjectRef[Any], doing: str = "planning") -> Any:
     """What a task returns. Raises our own errors as they were raised there, and JobFailed for any other end."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
         if isinstance(error.cause, SdbatchError):
             raise error.cause from None
-        raise JobFailed(f"planning failed: {type(error.cause).__name__}: {error.cause}") from None
+        raise JobFailed(f"{doing} failed: {type(error.cause).__name__}: {error.cause}") from None
     except RayError as error:
-        raise JobFailed(f"planning failed: {' '.join(str(error).split())}") from None
+        raise JobFailed(f"{doing} failed: {' '.join(str(error).split())}") from None

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import ray
 from PIL import Image
-from ray.exceptions import RayError, RayTaskError
 
-from sdbatch.errors import JobFailed, SdbatchError
+from sdbatch.engine.tasks import result_of
+from sdbatch.errors import JobFailed
 from sdbatch.evaluation.fidelity import Reading
 from sdbatch.evaluation.prompts import Setting, scene_from_json
 from sdbatch.ledger import Commits
@@ -29,18 +29,11 @@ def read_back(store: Store, progress: Callable[[int, int], None]) -> list[Readin
     task = ray.remote(num_cpus=1, max_retries=3)(_read_shard)
     found = [task.remote(store.uri, record.metadata_key) for record in Commits(store).newest()]
     left = list(found)
-    try:
-        while left:
-            done, left = ray.wait(left, num_returns=1)
-            ray.get(done)
-            progress(len(found) - len(left), len(found))
-        return [reading for shard in ray.get(found) for reading in shard]
-    except RayTaskError as error:
-        if isinstance(error.cause, SdbatchError):
-            raise error.cause from None
-        raise JobFailed(f"a shard can't be read: {type(error.cause).__name__}: {error.cause}") from None
-    except RayError as error:
-        raise JobFailed(f"a shard can't be read: {' '.join(str(error).split())}") from None
+    while left:
+        done, left = ray.wait(left, num_returns=1)
+        result_of(done[0], "reading pictures back")
+        progress(len(found) - len(left), len(found))
+    return [reading for ref in found for reading in result_of(ref, "reading pictures back")]
 
 
 def _read_shard(uri: str, metadata_key: str) -> list[Reading]:
