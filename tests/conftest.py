@@ -34,14 +34,10 @@ hypothesis.settings.load_profile("sdbatch")
 Json = dict[str, Any]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """One of pytest's workers does all that takes a Ray: two at once bring a machine of two cores to a halt."""
-    for item in items:
-        takes_ray = item.get_closest_marker("takes_ray") or {"ray_here", "shell"} & set(
-            getattr(item, "fixturenames", ())
-        )
-        item.add_marker(pytest.mark.xdist_group("ray" if takes_ray else item.nodeid.partition("::")[0]))
+    takes_ray = item.get_closest_marker("takes_ray") or {"ray_here", "shell"} & set(getattr(item, "fixturenames", ()))
+    item.add_marker(pytest.mark.xdist_group("ray" if takes_ray else item.nodeid.partition("::")[0]))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -72,3 +73,9 @@ def test_no_oracle_and_no_pickle_in_the_package(path: Path) -> None:
 def test_model_and_trainer_need_no_ray(room: str) -> None:
     code = f"import sys; sys.modules['ray'] = None; import sdbatch.{room}; from sdbatch.training import trainer"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tests_that_take_a_ray_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("pytest runs without workers")
+    assert request.node.nodeid.endswith(f"@{request.node.nodeid.partition('::')[0]}")

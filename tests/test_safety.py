@@ -23,8 +23,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image
 
+from sdbatch.diffusion import weights
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.weights import Weights, skeletons
 from sdbatch.engine.pictures import BadPicture, read_picture
@@ -422,6 +424,16 @@ def test_networks_without_end_are_refused_before_memory_is_taken() -> None:
         with skeletons():  # wide alone costs nothing: no file has weights that fit
             encoder = TextEncoder(TextEncoderConfig(**{**small, "hidden_size": 10**9}))
     assert all(value.is_meta for value in encoder.state_dict().values())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("most", range(100, 110))
+def test_a_network_refused_at_any_layer_leaves_torch_as_it_was(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_MOST_TENSORS", most)
+    config = TextEncoderConfig(hidden_size=64, intermediate_size=64, num_attention_heads=1, num_hidden_layers=10**9)
+    with pytest.raises(ModelError, match="more layers"), skeletons():
+        TextEncoder(config)
+    assert torch.is_grad_enabled()
 
 
 # -- secrets --------------------------------------------------------------------------------------------------

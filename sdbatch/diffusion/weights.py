@@ -30,7 +30,6 @@ _SHOWN = 5
 #: Far beyond any model's, and what is still read, or built, in seconds. A forged file or config can ask for anything.
 _MOST_HEADER_BYTES = 16_000_000
 _MOST_TENSORS = 30_000
-_MOST_OPERATIONS = 30_000  # of torch, in building a network; SDXL's U-Net takes 8,000
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,22 @@ def _refuse_long_header(path: Path) -> None:
 class _NoInitialisation(TorchFunctionMode):
     """Skips ``torch.nn.init``: on tensors without memory it has nothing to do, but it imports torch's compiler.
 
-    Raises ValueError when a network does not come to an end.
+    Raises ValueError when a network does not come to an end. It does so between operations: in the midst of one,
+    such as the end of ``torch.no_grad``, the whole process would stay in a state that nobody asked for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._operations = 0
+        self._weights = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._operations += 1
-        if self._operations > _MOST_OPERATIONS:
-            raise ValueError("it has more layers than any model that is known")
+        if func is torch.empty:
+            self._weights += 1
+            if self._weights > _MOST_TENSORS:
+                raise ValueError("it has more layers than any model that is known")
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)

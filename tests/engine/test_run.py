@@ -304,7 +304,7 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost(
 def test_an_interrupted_job_says_so_and_goes_on(
     number: signal.Signals, shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
 ) -> None:
-    write_prompts(tmp_path, 24)
+    write_prompts(tmp_path, 40)
     job, store = write_job(**LONG), open_store(str(tmp_path / "out"))
     process = shell.start("run", job)
     wait_for_commits(process, store, 1)
@@ -317,7 +317,7 @@ def test_an_interrupted_job_says_so_and_goes_on(
     assert done["state"] == "incomplete"
     assert sdbatch.json("verify", "out", code=1)["altered"] == []
     rest = sdbatch.json("run", job)
-    assert rest["made_now"] <= 24 - done["committed"]
+    assert rest["made_now"] <= 40 - done["committed"]
     assert sdbatch.json("verify", "out")["ok"]
 
 
