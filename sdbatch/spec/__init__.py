@@ -1,0 +1,29 @@
+"""The job spec: what a person writes to have pictures made. One file a section."""
+
+from sdbatch.spec.generate import Generate, SamplerName
+from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
+from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
+from sdbatch.spec.model import LearntWord, Lora, Model
+from sdbatch.spec.output import Output, Picture
+from sdbatch.spec.prompt import Prompt
+from sdbatch.spec.resources import Failures, Resources
+
+__all__ = [
+    "MAPPABLE",
+    "METADATA_COLUMNS",
+    "Failures",
+    "Generate",
+    "Input",
+    "JobSpec",
+    "LearntWord",
+    "Lora",
+    "Model",
+    "Output",
+    "Picture",
+    "Prompt",
+    "Resources",
+    "SamplerName",
+    "load_spec",
+    "overridden",
+    "parse_spec",
+]

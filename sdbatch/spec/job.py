@@ -1,0 +1,152 @@
+"""The job spec as a whole: read, checked, its mistakes told in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from sdbatch.errors import Problem, SpecError
+from sdbatch.spec.generate import Generate
+from sdbatch.spec.input import Input
+from sdbatch.spec.model import Model
+from sdbatch.spec.output import Output
+from sdbatch.spec.plain_yaml import MOST_BYTES, read_yaml, told
+from sdbatch.spec.prompt import Prompt
+from sdbatch.spec.resources import Failures, Resources
+from sdbatch.spec.section import Section
+from sdbatch.spec.words import MOST_SHOWN, plain, shown, suggest
+
+
+class JobSpec(Section):
+    """A job: rows of a prompt table in, pictures and metadata out."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        description="Letters, digits, dot, dash, underscore"
+    )
+    input: Input
+    prompt: Prompt = Field(default_factory=lambda: Prompt())
+    model: Model = Field(default_factory=lambda: Model())
+    generate: Generate = Field(default_factory=lambda: Generate())
+    output: Output
+    failures: Failures = Field(default_factory=lambda: Failures())
+    resources: Resources = Field(default_factory=lambda: Resources())
+
+    def deciding(self) -> dict[str, Any]:
+        """The part of the spec that decides what is made: a resumed job may not change it.
+
+        Where things lie and who does the work may change; names of columns, numbers and weights may not.
+        """
+        fields = self.model_dump(mode="json")
+        del fields["name"], fields["failures"], fields["resources"]["actors"]
+        del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
+        for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
+            del added["uri"]  # what lies there counts, by its checksum
+        return fields
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job spec from a YAML file; each override is ``field.path=value``, the value in YAML.
+
+    Raises SpecError with every mistake at once.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise SpecError(str(path), [Problem("file", f"is no job spec: it has more than {MOST_BYTES:,} bytes")])
+        raw = read_yaml(content.decode())
+    except FileNotFoundError:
+        raise SpecError(str(path), [Problem("file", f"{path.absolute()} does not exist")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(str(path), [Problem("file", f"can't be read: {error}")]) from None
+    except yaml.YAMLError as error:
+        raise SpecError(str(path), [Problem("file", f"is not YAML that a job spec can hold: {told(error)}")]) from None
+    if not isinstance(raw, dict):
+        raise SpecError(str(path), [Problem("file", "should hold a mapping with name, input and output")])
+    for override in overrides:
+        _override(raw, override)
+    return parse_spec(raw, str(path))
+
+
+def overridden(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
+    """The spec with ``field.path=value`` in place of what it said. Raises SpecError."""
+    raw = spec.model_dump(mode="json")
+    for override in overrides:
+        _override(raw, override)
+    return parse_spec(raw, "--set")
+
+
+def parse_spec(raw: Mapping[str, Any], source: str = "job spec") -> JobSpec:
+    """Check a spec that is already a mapping; raises SpecError with every mistake at once."""
+    try:
+        return JobSpec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(
+            source, [_problem(details) for details in error.errors(include_url=False)[:_MOST_PROBLEMS]]
+        ) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    field, equals, value = override.partition("=")
+    keys = field.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError("--set", [Problem(plain(override), "should read field.path=value, as in generate.seed=7")])
+    section: Any = raw
+    for key in keys[:-1]:
+        section[key] = {} if section.get(key) is None else section[key]
+        section = section[key]
+        if not isinstance(section, dict):
+            raise SpecError("--set", [Problem(plain(field), f"{shown(key)} is a value, it has no fields")])
+    try:
+        section[keys[-1]] = read_yaml(value)
+    except yaml.YAMLError as error:
+        wrong = f"the value {shown(value)} is not YAML that a job spec can hold: {told(error)}"
+        raise SpecError("--set", [Problem(plain(field), wrong)]) from None
+
+
+# -- from pydantic's errors to words --------------------------------------------------------------------------
+
+
+#: Mistakes that are told at once.
+_MOST_PROBLEMS = 100
+
+
+def _problem(details: ErrorDetails) -> Problem:
+    place = [str(part) for part in details["loc"] if not re.match(r"(list|dict)\[", str(part))]
+    field = plain(".".join(place))
+    kind, given = details["type"], shown(details.get("input"))
+    if kind == "extra_forbidden":
+        return Problem(field, "no such field", suggest(place[-1], _fields_at(place[:-1])))
+    if kind == "missing":
+        return Problem(field, "is required")
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
+        return Problem(field, f"is {given}", suggest(str(details.get("input"))[:MOST_SHOWN], expected))
+    if kind == "string_pattern_mismatch":
+        return Problem(field, f"is {given}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first")
+    if kind == "value_error":
+        return Problem(field, details["msg"].removeprefix("Value error, "))
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    return Problem(field, f"is {given}; {message.replace('input ', '')}")
+
+
+def _fields_at(place: Sequence[str]) -> list[str]:
+    """The field names that a section of the spec has."""
+    model: type[BaseModel] = JobSpec
+    for part in place:
+        if part.isdigit():  # an element of a list, whose section was found already
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in inner if issubclass(kind, BaseModel)]
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)

@@ -1,0 +1,65 @@
+"""Who does the work, and when to give up."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from sdbatch.spec.section import Section
+
+
+class Failures(Section):
+    """When to give up."""
+
+    max_failed_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Stop when more than this fraction of the planned images (and more than 10) failed while being "
+        "made. Rows refused at plan time do not count",
+    )
+    max_attempts: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="Times a request is tried that kills its process, once it is alone under suspicion; then it is "
+        "quarantined",
+    )
+
+
+_MOST_ACTORS = 10_000
+
+
+class Resources(Section):
+    """The pool that does the work."""
+
+    actors: int | str = Field(
+        1, description="Generator actors, each with the whole model: 4, or 2..16 for as many as there is room for"
+    )
+    gpus_per_actor: float = Field(0, ge=0, le=8, description="0: on the CPU")
+    cpus_per_actor: int = Field(1, ge=1, le=256, description="CPUs, and threads of the model when it runs there")
+    batch_size: int = Field(8, ge=1, le=1024, description="Images that the model computes at once")
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _number_or_range(cls, actors: Any) -> int | str:
+        known = re.fullmatch(r"([0-9]{1,5})(?:\.\.([0-9]{1,5}))?", str(actors)) if type(actors) in {int, str} else None
+        if known is None or not 1 <= int(known[1]) <= int(known[2] or known[1]) <= _MOST_ACTORS:
+            raise ValueError(f"should be a number or a range from 1 to {_MOST_ACTORS:,}: write 4 or 2..16")
+        return int(actors) if known[2] is None else str(actors)
+
+    @property
+    def fewest(self) -> int:
+        """Actors that should find room."""
+        return int(str(self.actors).partition("..")[0])
+
+    @property
+    def most(self) -> int:
+        """Actors that are asked for."""
+        return int(str(self.actors).rpartition("..")[2])
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_actor > 0 else "cpu"
