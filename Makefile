@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format chaos bench clean
+.PHONY: demo test lint format docs chaos bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/sdbatch run jobs/demo.yaml
@@ -22,6 +22,10 @@ lint: $(VENV)/.developer
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.developer
+	$(BIN)/python docs/_site/reference.py
+	$(BIN)/properdocs build --strict
 
 chaos: $(VENV)/.developer
 	$(BIN)/python -m tests.chaos

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ from tests.test_cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+#: The functions that write the reference pages.
+REFERENCE = runpy.run_path(str(ROOT / "docs/_site/reference.py"))
 
 
 def names_in(path: Path) -> set[str]:
@@ -62,8 +68,29 @@ SETTINGS = {field for section in JobSpec.model_json_schema()["$defs"].values() f
 }
 
 
-def test_the_readme_names_every_command_and_every_field_of_the_spec() -> None:
+def test_the_readme_names_every_command_and_section_of_the_spec() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"sdbatch {command}" in readme for command in COMMANDS)
-    for section in JobSpec.model_json_schema()["$defs"].values():
-        assert all(f"`{field}`" in readme for field in section["properties"])
+    assert all(f"`{section}`" in readme for section in JobSpec.model_fields)
+
+
+@pytest.mark.parametrize("page", ["commands", "spec"])
+def test_the_reference_says_what_the_code_does(page: str) -> None:
+    written = (ROOT / f"docs/reference/{page}.md").read_text(encoding="utf-8")
+    assert written == REFERENCE[page](), "bring it up to date: python docs/_site/reference.py"
+
+
+def test_every_field_option_and_argument_says_what_it_is_for() -> None:
+    for line in REFERENCE["spec"]().splitlines():
+        assert not re.fullmatch(r"\| `.*\|\s*\|", line), line
+    for line in REFERENCE["commands"]().splitlines():
+        assert not line.startswith("* `") or ": " in line, line
+
+
+def test_the_site_is_built_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "properdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "<math" in (tmp_path / "from-formulas-to-code.html").read_text(encoding="utf-8")
+    for document in DOCUMENTS[2:]:
+        assert f"{document.stem}.html" in (tmp_path / "index.html").read_text(encoding="utf-8"), document
