@@ -1,8 +1,10 @@
 """A million rows through everything but a model: ``python -m tests.benchmarks.scale [--rows N] [--table CSV]``.
 
 Plans the table, runs it with ``builtin:null``, kills driver, raylet and actors at the half, runs it again, asks for its
-status and verifies it. Prints rows a second and the largest memory of driver and workers, phase by phase, and what
-the ledger holds. ``--table`` names a CSV whose column ``prompt`` is used over and over; without it prompts are made up.
+status and verifies it; all that with a tenth of the rows first, to tell what grows with them. Prints rows a second and
+the largest memory of driver and workers, phase by phase, the time from the start of the second run to the first shard
+that it hands out, and what the ledger holds and a status reads of it. ``--table`` names a CSV whose column ``prompt``
+is used over and over; without it prompts are made up.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import psutil
 import yaml
 
 from sdbatch.ledger import read_status
-from sdbatch.storage import open_store
+from sdbatch.storage import Entry, open_store
 
 
 def main() -> None:
@@ -36,31 +38,48 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path(".work/scale"))
     options = parser.parse_args()
-    folder = options.folder.absolute()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(options.folder, ignore_errors=True)
+    figures = {
+        f"{rows:,} rows": of_rows(rows, options.table, options.actors, options.shard_size, options.folder.absolute())
+        for rows in (options.rows // 10, options.rows)
+    }
+    print(json.dumps(figures, indent=2))
+
+
+def of_rows(rows: int, source: Path | None, actors: int, shard_size: int, folder: Path) -> dict[str, Any]:
+    """All phases of a job of so many rows, in a folder of its own."""
+    folder = folder / str(rows)
     folder.mkdir(parents=True)
-    write_table(folder / "prompts.csv", options.rows, options.table)
+    write_table(folder / "prompts.csv", rows, source)
     spec = {
         "name": "scale",
         "input": {"uri": str(folder / "prompts.csv"), "columns": {"id": "id"}},
         "model": {"uri": "builtin:null"},
-        "output": {"uri": str(folder / "out"), "format": "webdataset", "shard_size": options.shard_size},
-        "resources": {"actors": options.actors, "batch_size": 64},
+        "output": {"uri": str(folder / "out"), "format": "webdataset", "shard_size": shard_size},
+        "resources": {"actors": actors, "batch_size": 64},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
     out, figures = str(folder / "out"), dict[str, Any]()
 
-    figures["plan"] = measured(folder, options.rows, "plan", "job.yaml", "--json")
-    half = options.rows // 2
-    figures["run to the half, then killed"] = measured(folder, half, "run", "job.yaml", "--json", killed_at=half)
-    before = read_status(open_store(out))
-    figures["status at the half"] = measured(folder, 0, "status", out, "--json")
-    rest = options.rows - before.committed
-    figures["resume"] = measured(folder, rest, "run", "job.yaml", "--json")
-    figures["status at the end"] = measured(folder, 0, "status", out, "--json")
-    figures["verify"] = measured(folder, options.rows, "verify", out, "--json")
+    def measure(name: str, images: int, *arguments: str, **options: Any) -> None:
+        figures[name] = measured(folder, images, *arguments, **options)
+        print(f"{rows:,} rows, {name}: {json.dumps(figures[name])}", file=sys.stderr)
+
+    def status(name: str) -> None:
+        measure(name, 0, "status", out, "--json")
+        figures[name]["bytes read"], figures[name]["objects listed"] = read_by_a_status(out)
+
+    measure("plan", rows, "plan", "job.yaml", "--json")
+    measure("run to the half, then killed", 0, "run", "job.yaml", "--json", killed_at=rows // 2)
+    half = read_status(open_store(out)).committed
+    killed = figures["run to the half, then killed"]
+    killed["committed"], killed["rows/s"] = half, round(half / (killed["seconds"] - killed["to the first shard, s"]))
+    status("status at the half")
+    measure("resume", rows - half, "run", "job.yaml", "--json")
+    status("status at the end")
+    measure("verify", rows, "verify", out, "--json")
     figures["ledger"] = ledger(out)
-    print(json.dumps(figures, indent=2))
+    return figures
 
 
 def write_table(path: Path, rows: int, source: Path | None) -> None:
@@ -75,21 +94,41 @@ def write_table(path: Path, rows: int, source: Path | None) -> None:
             table.writerow([f"r{i}", prompt])
 
 
+#: ``sdbatch``, which tells when it hands out its first shard.
+_TIMED = """
+import sys, time
+from pathlib import Path
+from sdbatch.cli import main
+from sdbatch.engine.pool import Pool
+
+def hand(pool, *arguments, hand=Pool._hand):
+    if not Path("handed").exists():
+        Path("handed").write_text(str(time.time()))
+    hand(pool, *arguments)
+
+Pool._hand = hand
+main()
+"""
+
+
 def measured(folder: Path, rows: int, *arguments: str, killed_at: int | None = None) -> dict[str, Any]:
     """Run a command; its time, its rate, the largest memory in MiB of the driver and of any worker, and its JSON."""
-    began = time.monotonic()
+    handed = folder / "handed"
+    handed.unlink(missing_ok=True)
+    command = [sys.executable, *(("-c", _TIMED) if arguments[0] == "run" else ("-m", "sdbatch")), *arguments]
+    began, at = time.monotonic(), time.time()
     with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sdbatch", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=log
-        )
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log)
     with memory(process.pid) as peaks:
         if killed_at is not None:
             kill_at(process, open_store(str(folder / "out")), killed_at)
         told = process.communicate()[0]
     seconds = time.monotonic() - began
     found: dict[str, Any] = {"seconds": round(seconds, 1), **dict(sorted(peaks.items()))}
+    if handed.exists():
+        found["to the first shard, s"] = round(float(handed.read_text()) - at, 1)
     if rows:
-        found["rows/s"] = round(rows / seconds)
+        found["rows/s"] = round(rows / (seconds - found.get("to the first shard, s", 0)))
     if killed_at is None:
         assert process.returncode == 0, f"{arguments} ended with {process.returncode}"
         found["told"] = json.loads(told)
@@ -137,6 +176,28 @@ def kind(process: psutil.Process) -> str:
     if "ray::Generator" in command:
         return "generator MiB"
     return "worker MiB" if "ray::" in command else "Ray's own MiB"
+
+
+def read_by_a_status(output: str) -> tuple[int, int]:
+    """Bytes of all objects that a status reads, and the entries of all listings."""
+    store, read, listed = open_store(output), 0, 0
+    get, entries = store.get, store.list
+
+    def counted_get(key: str) -> bytes:
+        nonlocal read
+        data = get(key)
+        read += len(data)
+        return data
+
+    def counted_list(prefix: str = "") -> Iterator[Entry]:
+        nonlocal listed
+        for entry in entries(prefix):
+            listed += 1
+            yield entry
+
+    store.get, store.list = counted_get, counted_list  # type: ignore[method-assign]
+    read_status(store)
+    return read, listed
 
 
 def ledger(output: str) -> dict[str, Any]:
