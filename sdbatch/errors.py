@@ -9,8 +9,8 @@
     │   └── PlanChanged          2   spec or input differ from what the output was planned from
     ├── StorageError             1   the store refused or stayed away; the job can be resumed
     │   └── ObjectNotFound       1   no object under that key
-    ├── JobFailed                1   the job ended before its images were done; it can be resumed
-    └── Interrupted            130   somebody asked to stop; the job can be resumed
+    └── JobFailed                1   the job ended before its images were done; it can be resumed
+    Interrupted                130   somebody asked to stop; the job can be resumed
 
 Messages say what was wrong, where (field, file and row, URI) and what to do about it.
 """
@@ -83,7 +83,7 @@ class JobFailed(SdbatchError):
     """The job ended before all images were made. The same command resumes it."""
 
 
-class Interrupted(SdbatchError):
-    """A signal asked the command to stop."""
+class Interrupted(BaseException):
+    """A signal asked the command to stop. No Exception: what catches those, ours or a library's, lets it pass."""
 
     exit_code = 130

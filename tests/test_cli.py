@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdbatch import __version__, cli
 from sdbatch.diffusion import LatentDiffusion, Lora
+from sdbatch.errors import Interrupted
 
 COMMANDS = (
     "validate",
@@ -99,3 +100,22 @@ def test_finetune_leaves_a_lora_that_a_job_can_name(tmp_path: Path, capsys: pyte
     told = capsys.readouterr().err
     spec = yaml.safe_load("{" + told.partition("model: ")[2].strip().join(("model: ", "}")))["model"]
     LatentDiffusion.from_pretrained(spec["uri"], adaptations=[Lora(Path(spec["loras"][0]["uri"]), 1.0)])
+
+
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_signal_ends_with_130_wherever_it_strikes(
+    disguised: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within its own calls Ray passes on what a signal raises as the cause of a SystemError."""
+
+    def strike(path: Path, overrides: object) -> None:
+        try:
+            raise Interrupted("stopped by a signal")
+        except Interrupted as signal:
+            if disguised:
+                raise SystemError("returned a result with an exception set") from signal
+            raise
+
+    monkeypatch.setattr("sdbatch.cli.jobs.load_spec", strike)
+    assert cli.call(["run", "job.yaml"]) == 130
+    assert "stopped by a signal" in capsys.readouterr().err

@@ -72,14 +72,23 @@ def call(arguments: list[str]) -> int:
     except TyperException as error:
         people.print(f"[bold red]error[/]: {escape(error.format_message())} See 'sdbatch --help'.", soft_wrap=True)
         return 2
-    except SdbatchError as error:
-        if "--json" in arguments:
-            problems = [asdict(problem) for problem in error.problems] if isinstance(error, SpecError) else []
-            print_json({"error": str(error), "kind": type(error).__name__, "problems": problems})
-        mark = "[yellow]interrupted[/]" if isinstance(error, Interrupted) else "[bold red]error[/]"
-        people.print(f"{mark}: " + "\n".join(plain(line) for line in str(error).splitlines()), soft_wrap=True)
-        return error.exit_code
+    except (SdbatchError, Interrupted) as error:
+        return _tell(error, as_json="--json" in arguments)
+    except SystemError as error:  # what a signal raises within a call of Ray's own comes out of it in this disguise
+        if not isinstance(error.__cause__, Interrupted):
+            raise
+        return _tell(error.__cause__, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
+
+
+def _tell(error: SdbatchError | Interrupted, *, as_json: bool) -> int:
+    """Say what went wrong; returns the exit code."""
+    if as_json:
+        problems = [asdict(problem) for problem in error.problems] if isinstance(error, SpecError) else []
+        print_json({"error": str(error), "kind": type(error).__name__, "problems": problems})
+    mark = "[yellow]interrupted[/]" if isinstance(error, Interrupted) else "[bold red]error[/]"
+    people.print(f"{mark}: " + "\n".join(plain(line) for line in str(error).splitlines()), soft_wrap=True)
+    return error.exit_code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

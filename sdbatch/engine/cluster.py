@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 
 import ray
 
-from sdbatch.errors import JobFailed, SdbatchError, UsageError
+from sdbatch.errors import JobFailed, UsageError
 from sdbatch.spec import Resources
 
 #: CPUs that reading the table needs beside the actors.
@@ -24,37 +24,41 @@ def ray_session(resources: Resources) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU: what Ray will do anyway
     own = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
-    if not ray.is_initialized():
-        # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
-        cpus = max(os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor + _READERS)
-        on_sigterm = signal.getsignal(signal.SIGTERM)
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, to its very end; that is for our results
+        if not ray.is_initialized():
+            _start(resources, own)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
-            ray.init(
-                address="local" if own else None,
-                num_cpus=cpus if own else None,
-                include_dashboard=False if own else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except SdbatchError:  # a signal
-            raise
-        except Exception as error:  # Ray raises many kinds, and Exception itself
-            told = " ".join(str(error).split())
-            if own:
-                raise JobFailed(f"Ray does not start here: {told}; is it too busy, or the disk full?") from None
-            where = os.environ.get("RAY_ADDRESS")
-            raise UsageError(
-                f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
-            ) from None
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which ends without a word
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which belongs to our results
             yield
-    finally:
+        finally:
+            if own:
+                ray.shutdown()
+
+
+def _start(resources: Resources, own: bool) -> None:
+    # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
+    cpus = max(os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor + _READERS)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address="local" if own else None,
+            num_cpus=cpus if own else None,
+            include_dashboard=False if own else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except SystemError:  # a signal in the midst of one of Ray's own calls
+        raise
+    except Exception as error:  # Ray raises many kinds, and Exception itself
+        told = " ".join(str(error).split())
         if own:
-            ray.shutdown()
+            raise JobFailed(f"Ray does not start here: {told}; is it too busy, or the disk full?") from None
+        where = os.environ.get("RAY_ADDRESS")
+        raise UsageError(
+            f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
+        ) from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which ends without a word
 
 
 def draining_nodes() -> set[str]:
