@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from sdbatch.diffusion import LatentDiffusion
+from sdbatch.diffusion.clip import CLIP
 from sdbatch.evaluation.prompts import CELLS
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captions import caption
 from sdbatch.training.checker import compare, read
 from sdbatch.training.loop import draws
+from sdbatch.training.scorer import ranks_first
 from sdbatch.training.world import draw, random_scene
 
 MODELS = Path(__file__).parents[2] / "sdbatch/models"
@@ -48,6 +50,14 @@ def test_the_vae_carries_pictures_that_it_never_saw(model: LatentDiffusion) -> N
     assert 10 * np.log10(255**2 / error) >= 32
     right = [compare(scene, read(picture)).all for scene, picture in zip(scenes, restored, strict=True)]
     assert np.mean(right) >= 0.97
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_scorer_puts_the_true_caption_first(cell: str) -> None:
+    things, novel = CELLS[cell]
+    rng = draws(13, cell)
+    clip = CLIP.from_pretrained(MODELS / "shapes-clip")
+    assert np.mean(ranks_first(clip, [random_scene(rng, things, novel=novel) for _ in range(60)], rng)) >= 0.95
 
 
 def test_the_built_in_weights_stay_small() -> None:
