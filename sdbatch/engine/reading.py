@@ -53,7 +53,7 @@ def _read(source: Input, table: Table, wanted: Mapping[str, str], sizes: Iterato
     context.target_max_block_size = 2 * _BLOCK_BYTES  # whoever reads holds several blocks, and copies of them
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    to_text = partial(_to_text, wanted=wanted, lines=table.format == "jsonl")
+    to_text = partial(_to_text, wanted=wanted, form=table.format)
     try:
         dataset = _dataset(table, wanted).map_batches(to_text, batch_format="pyarrow", batch_size=SLICE_ROWS)
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -164,16 +164,15 @@ def _parse_options(form: str) -> pa.csv.ParseOptions:
     return pa.csv.ParseOptions(delimiter="\x1f", quote_char=False)  # whole lines
 
 
-def _to_text(batch: pa.Table, wanted: Mapping[str, str], lines: bool) -> pa.Table:
+def _to_text(batch: pa.Table, wanted: Mapping[str, str], form: str) -> pa.Table:
     """Rename columns to fields and turn every cell into text. Runs in Ray's workers."""
-    whole_line = _LINE in batch.column_names
-    if not lines:
-        columns = {field: _decoded(batch.column(_LINE if whole_line else column)) for field, column in wanted.items()}
+    if form != "jsonl":
+        columns = {field: _decoded(batch.column(_LINE if form == "text" else name)) for field, name in wanted.items()}
         if None not in columns.values():
             return pa.table({**columns, "fault": pa.nulls(len(batch), pa.string())})
-    if whole_line:
+    if form in {"jsonl", "text"}:
         cells = batch.column(_LINE).to_pylist()
-        rows = [_json_row(line, wanted) if lines else dict.fromkeys(wanted, line) for line in cells]
+        rows = [_json_row(line, wanted) if form == "jsonl" else dict.fromkeys(wanted, line) for line in cells]
     else:
         cells_of = {field: _undecoded(batch.column(column)).to_pylist() for field, column in wanted.items()}
         rows = [dict(zip(cells_of, cells, strict=True)) for cells in zip(*cells_of.values(), strict=True)]

@@ -51,6 +51,16 @@ def test_rows_keep_their_order_and_their_text(form: str, tmp_path: Path) -> None
     assert prompts(slices) == texts
 
 
+@pytest.mark.parametrize("name", ["line", "fault", "row", "keep:prompt", "__index__"])
+def test_a_column_may_have_any_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(f"{name},prompt\n7,a cat\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json.dumps({name: "7", "prompt": "a cat"}) + "\n", encoding="utf-8")
+    pq.write_table(pa.table({name: ["7"], "prompt": ["a cat"]}), tmp_path / "p.parquet")
+    for form in ("csv", "jsonl", "parquet"):
+        ((row,),) = read(tmp_path / f"p.{form}", columns={"id": name}, keep={"mine": name})
+        assert row == {"prompt": "a cat", "id": "7", "keep:mine": "7", "fault": None}
+
+
 def test_a_folder_is_read_in_the_order_of_names_and_a_glob_chooses(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.csv").write_text(f"prompt\n{name}1\n{name}2\n")
