@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
+from typing import Any
 
 import PIL
 import pyarrow as pa
@@ -29,7 +30,17 @@ from sdbatch.ledger import (
     write_job,
     write_slice_rows,
 )
-from sdbatch.prompts import OddSize, Table, changed_files, find_table, unlike_growth
+from sdbatch.prompts import (
+    OddSize,
+    Table,
+    WildcardFiles,
+    changed_files,
+    check_prompts,
+    find_table,
+    read_wildcards,
+    slice_rows,
+    unlike_growth,
+)
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store, open_store
 
@@ -42,6 +53,12 @@ class Prepared:
     model: FoundModel
     table: Table
     store: Store
+    wildcards: WildcardFiles
+
+    def deciding(self) -> dict[str, Any]:
+        """What a resumed job may not change, beside its table and its model."""
+        sums = self.wildcards.sha256
+        return self.spec.deciding() | ({"wildcards": sums} if sums else {})
 
     @property
     def located(self) -> JobSpec:
@@ -68,8 +85,10 @@ def prepare(spec: JobSpec) -> Prepared:
             f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {model.most_clip_skip}"
         )
     table = find_table(spec.input)
-    check_columns(spec.input, table)
-    return Prepared(spec, model, table, open_output(spec))
+    check_columns(spec, table)
+    wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt.wildcards)
+    check_prompts(spec, wildcards.lines)
+    return Prepared(spec, model, table, open_output(spec), wildcards)
 
 
 def open_output(spec: JobSpec) -> Store:
@@ -104,7 +123,7 @@ def input_changed(prepared: Prepared, job: Job) -> bool:
 
 
 def _refuse_changes(prepared: Prepared, job: Job, changes: list[str]) -> None:
-    refuse_changes(job, prepared.spec.deciding(), prepared.model.sha256, changes, prepared.store.uri)
+    refuse_changes(job, prepared.deciding(), prepared.model.sha256, changes, prepared.store.uri)
 
 
 def make_plan(prepared: Prepared, on_rows: Callable[[int], None]) -> Job:
@@ -113,7 +132,7 @@ def make_plan(prepared: Prepared, on_rows: Callable[[int], None]) -> Job:
     A pure function of spec, input and model. Raises InputError, and leaves no plan, when sizes don't fit.
     """
     doubles, source = _find_doubles(prepared), prepared.spec.input
-    part, shards, first_fault = _plan_part(prepared, (), read_slices(source, prepared.table), doubles, on_rows)
+    part, shards, first_fault = _plan_part(prepared, (), _slices(prepared), doubles, on_rows)
     if not part.planned:
         raise InputError(f"input.uri: {source.uri} has no rows")
     if part.faulty == part.planned:
@@ -127,7 +146,7 @@ def extend_plan(prepared: Prepared, job: Job, on_rows: Callable[[int], None]) ->
     Raises PlanChanged unless all rows that were planned are still there as they were, before the new ones.
     """
     planned, doubles = read_slice_rows(prepared.store, job), _find_doubles(prepared)
-    slices = read_slices(prepared.spec.input, prepared.table, [rows.rows for rows in planned])
+    slices = _slices(prepared, [rows.rows for rows in planned])
     found = slices_digested(islice(slices, len(planned)))
     row = 0
     for before in planned:
@@ -141,6 +160,11 @@ def extend_plan(prepared: Prepared, job: Job, on_rows: Callable[[int], None]) ->
         on_rows(row)
     part, shards, _ = _plan_part(prepared, job.parts, slices, doubles, on_rows)
     return _write_job(prepared, (*job.parts, part), shards) if part.rows else job
+
+
+def _slices(prepared: Prepared, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
+    """The table, slice by slice, those that are ``planned`` already with as many rows as then."""
+    return read_slices(prepared.spec, prepared.table, slice_rows(prepared.spec, prepared.wildcards.lines), planned)
 
 
 def _find_doubles(prepared: Prepared) -> Doubles:
@@ -158,13 +182,13 @@ def _plan_part(
     """Plan the slices that come after those of the parts ``before``: their part, shards and first fault."""
     spec, store = prepared.spec, prepared.store
     versions = [file.version for file in prepared.table.files]
-    fingerprint = part_fingerprint(spec.deciding(), versions, prepared.model.sha256, before)
+    fingerprint = part_fingerprint(prepared.deciding(), versions, prepared.model.sha256, before)
     first_row, first_slice = sum(part.rows for part in before), sum(part.slices for part in before)
     first_shard = sum(part.shards for part in before)
     part = Part(fingerprint, rows=0, slices=0, shards=0, planned=0, faulty=0)
     sizes, shards, made_from = _OddSizes(), list[Shards](), list[SliceRows]()
     first_fault: str | None = None
-    planning = Planning(spec, prepared.model, store.uri, fingerprint)
+    planning = Planning(spec, prepared.model, store.uri, fingerprint, prepared.wildcards.lines)
     for found in slices_planned(planning, slices, first_slice, first_row, doubles):
         sizes.add(found)
         shards.append(found.shards.numbered(first_shard + part.shards, first_slice + part.slices))
@@ -189,7 +213,7 @@ def _write_job(prepared: Prepared, parts: tuple[Part, ...], shards: Shards) -> J
     """Finish the plan, whose last part has these shards. Raises PlanChanged if another driver has planned otherwise."""
     job = Job(
         spec=prepared.spec.model_dump(mode="json"),
-        deciding=prepared.spec.deciding(),
+        deciding=prepared.deciding(),
         input_files=[
             {"name": file.name, "bytes": file.bytes, "version": file.version} for file in prepared.table.files
         ],

@@ -19,8 +19,8 @@ import ray.data
 from ray.exceptions import RayError
 
 from sdbatch.errors import InputError
-from sdbatch.prompts import SLICE_ROWS, InputFile, Table
-from sdbatch.spec import Input
+from sdbatch.prompts import SLICE_ROWS, InputFile, Table, template_columns
+from sdbatch.spec import Input, JobSpec
 
 Row = dict[str, str | None]
 
@@ -32,14 +32,14 @@ _LINE = "line"
 _HEAD_BYTES = 1 << 20
 
 
-def read_slices(source: Input, table: Table, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
-    """The rows of the table in order: slices of as many rows as ``planned`` says, then of SLICE_ROWS.
+def read_slices(spec: JobSpec, table: Table, size: int = SLICE_ROWS, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
+    """The rows of the table in order: slices of as many rows as ``planned`` says, then of ``size``.
 
-    Columns, all of text, have the spec's field names, ``keep:NAME`` for kept columns, and ``fault`` where a row is
-    unreadable. The last slice may be shorter. Raises InputError for a file that can't be read or lacks a column.
+    Columns, all of text, have the spec's field names, ``keep:NAME`` for kept columns, ``word:NAME`` for those of the
+    template, and ``fault`` where a row is unreadable. The last slice may be shorter. Raises InputError for a file that
+    can't be read or lacks a column.
     """
-    check_columns(source, table)
-    return _read(source, table, _wanted_columns(source), chain(planned, repeat(SLICE_ROWS)))
+    return _read(spec.input, table, check_columns(spec, table), chain(planned, repeat(size)))
 
 
 def read_ids(source: Input, table: Table, rows: int) -> Iterator[pa.Table]:
@@ -82,8 +82,11 @@ def _cut(batches: Iterable[pa.Table], sizes: Iterator[int], left: float) -> Iter
         yield pa.concat_tables(held)
 
 
-def check_columns(source: Input, table: Table) -> None:
-    """Raise InputError if the table's first file can't be opened or lacks a column that the spec names."""
+def check_columns(spec: JobSpec, table: Table) -> dict[str, str]:
+    """What is read of the table: field → column.
+
+    Raises InputError if the first file can't be opened or lacks a column that the spec names.
+    """
     first = table.files[0]
     try:
         if compressed := _compressed(table, first):
@@ -92,17 +95,25 @@ def check_columns(source: Input, table: Table) -> None:
     except (OSError, ValueError, pa.ArrowException) as error:
         told = _TOO_LONG if _is_too_long(str(error), table) else error
         raise InputError(f"input.uri: {first.uri} can't be read as {table.format}: {told}") from None
-    for field, column in _wanted_columns(source).items():
-        where = f"input.keep: {field[5:]}" if field.startswith("keep:") else f"input.columns.{field}"
+    wanted = _wanted_columns(spec, names)
+    for field, column in wanted.items():
+        kind, _, name = field.rpartition(":")
+        where = {"keep": f"input.keep: {name}", "word": "prompt.template"}.get(kind, f"input.columns.{field}")
+        if field == "template":
+            where = "prompt.template_column"
         if names.count(column) == 0:
             raise InputError(f"{where}: {first.name} has no column {column!r}; it has: {', '.join(map(repr, names))}")
         if names.count(column) > 1:
             raise InputError(f"{where}: {first.name} has {names.count(column)} columns {column!r}; rename all but one")
+    return wanted
 
 
-def _wanted_columns(source: Input) -> dict[str, str]:
-    """Field (or ``keep:NAME``) → the table's column."""
-    fields = {"prompt": source.prompt_column, **source.columns}
+def _wanted_columns(spec: JobSpec, names: Sequence[str]) -> dict[str, str]:
+    """Field (or ``keep:NAME``, ``word:NAME``) → the table's column; ``names`` are all that it has."""
+    source = spec.input
+    fields = {**source.columns, **template_columns(spec, names)}
+    if not spec.prompt.templated:
+        fields = {"prompt": source.prompt_column, **fields}
     return fields | {f"keep:{name}": column for name, column in source.kept.items()}
 
 

@@ -51,6 +51,7 @@ def metadata_row(
         "row_id": request.row_id,
         "shard": shard,
         "prompt": request.prompt,
+        "template": request.template,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         "width": request.width,
@@ -83,7 +84,7 @@ class ShardCommitter:
 
     def __init__(self, store: Store, spec: JobSpec, job: Job, environment: dict[str, str]) -> None:
         self._store = store
-        self._kept = list(spec.input.kept)
+        self._kept = spec.kept
         self._job = job
         self._environment = environment
         self._rounds: dict[int, Round] = {}

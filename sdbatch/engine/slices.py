@@ -23,6 +23,7 @@ from sdbatch.prompts import (
     rows_sha256,
     to_table,
 )
+from sdbatch.prompts.expansion import Wildcards
 from sdbatch.spec import JobSpec
 from sdbatch.storage import open_store
 
@@ -38,6 +39,7 @@ class Planning:
     model: FoundModel
     output: str  # the store's URI
     fingerprint: str
+    wildcards: Wildcards
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,14 @@ def plan_slice(
     """Make the requests of slice ``number`` and store them. ``doubles`` are for RowIds."""
     spec = planning.spec
     ids = RowIds("id" in spec.input.columns, doubles)
-    requests = requests_of_slice(rows.to_pylist(), first_row, spec, planning.model.facts, ids)
+    requests = requests_of_slice(rows.to_pylist(), first_row, spec, planning.model.facts, ids, planning.wildcards)
     odd = list(odd_sizes(requests, first_row))
     if spec.generate.long_prompts == "chunk":
         requests = _in_chunks(requests, planning)
     runs = cut(requests, spec.output.shard_size)
     if not odd:  # else no plan will come of it
         grouped = [request for run in runs for request in run.requests]
-        write_slice(open_store(planning.output), planning.fingerprint, number, to_table(grouped, spec.input.kept))
+        write_slice(open_store(planning.output), planning.fingerprint, number, to_table(grouped, spec.kept))
     faults = [request.fault for request in requests if request.fault is not None]
     return PlannedSlice(
         rows=_slice_rows(rows),

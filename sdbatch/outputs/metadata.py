@@ -14,6 +14,7 @@ COLUMNS: list[tuple[str, pa.DataType]] = [
     ("row_id", pa.string()),
     ("shard", pa.int32()),
     ("prompt", pa.string()),
+    ("template", pa.string()),
     ("negative_prompt", pa.string()),
     ("seed", pa.int64()),
     ("width", pa.int32()),

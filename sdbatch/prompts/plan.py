@@ -16,16 +16,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdbatch.prompts.expansion import Wildcards
 from sdbatch.prompts.request import SIZE_STEP, ImageRequest, ModelFacts, Shape, requests_of_row
+from sdbatch.prompts.variants import Variants, images_a_row
 from sdbatch.spec import JobSpec
 
 SLICE_ROWS = 16_384
+_SLICE_IMAGES = 16 * SLICE_ROWS
 _RESERVED = "row:"
 
 _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("image_id", pa.string()),
     ("row_id", pa.string()),
     ("prompt", pa.string()),
+    ("template", pa.string()),
     ("negative_prompt", pa.string()),
     ("seed", pa.int64()),
     ("width", pa.int32()),
@@ -82,6 +86,11 @@ class RowIds:
         return name, None
 
 
+def slice_rows(spec: JobSpec, wildcards: Wildcards) -> int:
+    """Rows of a slice: fewer where each makes many images, for whoever plans a slice holds them all."""
+    return max(min(SLICE_ROWS, _SLICE_IMAGES // images_a_row(spec, wildcards)), 1)
+
+
 def usable_ids(ids: pa.ChunkedArray, first_index: int) -> pa.Table:
     """The cells of consecutive rows that can be ids, with their ``row``: neither empty nor reserved."""
     table = pa.table({"id": ids, "row": pa.array(range(first_index, first_index + len(ids)), pa.int64())})
@@ -109,13 +118,18 @@ def rows_sha256(rows: pa.Table) -> str:
 
 
 def requests_of_slice(
-    rows: Sequence[Mapping[str, Any]], first_index: int, spec: JobSpec, model: ModelFacts, ids: RowIds
+    rows: Sequence[Mapping[str, Any]],
+    first_index: int,
+    spec: JobSpec,
+    model: ModelFacts,
+    ids: RowIds,
+    wildcards: Wildcards = MappingProxyType({}),
 ) -> list[ImageRequest]:
     """All requests of consecutive rows, in order. Row ``first_index`` of the table comes first."""
-    requests = []
+    requests, variants = list[ImageRequest](), Variants(spec, wildcards)
     for index, row in enumerate(rows, first_index):
         row_id, fault = ids(row.get("id"), index)
-        requests += requests_of_row(row, index, spec, model, row_id, fault)
+        requests += requests_of_row(row, index, spec, model, row_id, fault, variants)
     return requests
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from sdbatch.prompts.fault import BadValue
+from sdbatch.prompts.variants import Variant, Variants
 from sdbatch.spec import Generate, JobSpec, SamplerName
 
 MAX_SEED = 2**63 - 1
@@ -51,6 +53,7 @@ class ImageRequest:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    template: str | None = None  # that the prompt was made from
     chunks: int = 1
     init_image: str | None = None
     mask_image: str | None = None
@@ -72,14 +75,16 @@ class ImageRequest:
         )
 
 
-class BadValue(ValueError):
-    """A cell that can't be used; the message becomes the row's fault."""
-
-
 def requests_of_row(
-    row: Mapping[str, Any], index: int, spec: JobSpec, model: ModelFacts, row_id: str, id_fault: str | None
+    row: Mapping[str, Any],
+    index: int,
+    spec: JobSpec,
+    model: ModelFacts,
+    row_id: str,
+    id_fault: str | None,
+    variants: Variants,
 ) -> list[ImageRequest]:
-    """The requests of one row: ``num_images_per_prompt`` pictures, or one fault.
+    """The requests of one row: ``num_images_per_prompt`` pictures of each of its variants, or one fault.
 
     ``row`` maps the names of fields and of kept columns to cells; ``index`` is the row's place in the table.
     """
@@ -90,19 +95,11 @@ def requests_of_row(
             raise BadValue(row["fault"])
         if id_fault is not None:
             raise BadValue(id_fault)
-        prompt = _prompt(row.get("prompt"), spec)
-        negative = _text(row.get("negative_prompt"), base.negative_prompt, "negative_prompt", spec)
-        count = _whole(row.get("num_images_per_prompt"), base.num_images_per_prompt, "num_images_per_prompt", 1, 10_000)
-        width = _size(row.get("width"), base.width or default_size[0], "width", base)
-        height = _size(row.get("height"), base.height or default_size[1], "height", base)
-        steps = _whole(row.get("num_inference_steps"), base.num_inference_steps, "num_inference_steps", 1, 1000)
-        scale = _number(row.get("guidance_scale"), base.guidance_scale, "guidance_scale")
-        sampler = _sampler(row.get("sampler"), base.sampler)
-        if steps > model.most_steps.get(sampler, steps):
-            raise BadValue(f"num_inference_steps is {steps}; {sampler} takes at most {model.most_steps[sampler]}")
-        init_image, mask_image = _images(row.get("init_image"), row.get("mask_image"), model)
-        strength = _strength(row.get("strength"), base.strength, steps) if init_image else None
-        seed = _whole(row.get("seed"), 0, "seed", 0, MAX_SEED) if row.get("seed") else None
+        requests = []
+        for number, variant in enumerate(variants(row, row_id)):
+            name = f"{row_id}-{number}" if spec.variants else row_id
+            requests += _requests_of_variant({**row, **variant.cells}, spec, model, row_id, name, variant, kept)
+        return requests
     except BadValue as error:
         shown = (row.get("prompt") or "").encode("utf-8", "replace").decode()
         width, height = base.width or default_size[0], base.height or default_size[1]
@@ -122,13 +119,41 @@ def requests_of_row(
                 kept=kept,
             )
         ]
+
+
+def _requests_of_variant(
+    row: Mapping[str, Any],
+    spec: JobSpec,
+    model: ModelFacts,
+    row_id: str,
+    name: str,
+    variant: Variant,
+    kept: dict[str, str | None],
+) -> list[ImageRequest]:
+    """The pictures of one variant, whose cells are in the ``row`` already; ``name`` begins their ids."""
+    base, default_size = spec.generate, model.default_size
+    prompt = _prompt(row.get("prompt"), spec)
+    negative = _text(row.get("negative_prompt"), base.negative_prompt, "negative_prompt", spec)
+    count = _whole(row.get("num_images_per_prompt"), base.num_images_per_prompt, "num_images_per_prompt", 1, 10_000)
+    width = _size(row.get("width"), base.width or default_size[0], "width", base)
+    height = _size(row.get("height"), base.height or default_size[1], "height", base)
+    steps = _whole(row.get("num_inference_steps"), base.num_inference_steps, "num_inference_steps", 1, 1000)
+    scale = _number(row.get("guidance_scale"), base.guidance_scale, "guidance_scale")
+    sampler = _sampler(row.get("sampler"), base.sampler)
+    if steps > model.most_steps.get(sampler, steps):
+        raise BadValue(f"num_inference_steps is {steps}; {sampler} takes at most {model.most_steps[sampler]}")
+    init_image, mask_image = _images(row.get("init_image"), row.get("mask_image"), model)
+    strength = _strength(row.get("strength"), base.strength, steps) if init_image else None
+    seed = _whole(row.get("seed"), 0, "seed", 0, MAX_SEED) if row.get("seed") else None
+    first = variant.prompt * count  # pictures that differ in the matrix alone share their seeds, to be compared
     return [
         ImageRequest(
-            image_id=f"{row_id}-{k}",
+            image_id=f"{name}-{k}",
             row_id=row_id,
             prompt=prompt,
+            template=variant.template,
             negative_prompt=negative,
-            seed=image_seed(base.seed, row_id, k) if seed is None else (seed + k) % (MAX_SEED + 1),
+            seed=image_seed(base.seed, row_id, first + k) if seed is None else (seed + first + k) % (MAX_SEED + 1),
             width=width,
             height=height,
             num_inference_steps=steps,
@@ -137,7 +162,7 @@ def requests_of_row(
             init_image=init_image,
             mask_image=mask_image,
             strength=strength,
-            kept=kept,
+            kept={**kept, **variant.words},
         )
         for k in range(count)
     ]

@@ -3,6 +3,7 @@
 from sdbatch.spec.generate import Generate, SamplerName
 from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
 from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
+from sdbatch.spec.matrix import MATRIX_FIELDS, combinations, words_of
 from sdbatch.spec.model import LearntWord, Lora, Model
 from sdbatch.spec.output import Output, Picture
 from sdbatch.spec.prompt import Prompt
@@ -10,6 +11,7 @@ from sdbatch.spec.resources import Failures, Resources
 
 __all__ = [
     "MAPPABLE",
+    "MATRIX_FIELDS",
     "METADATA_COLUMNS",
     "Failures",
     "Generate",
@@ -23,7 +25,9 @@ __all__ = [
     "Prompt",
     "Resources",
     "SamplerName",
+    "combinations",
     "load_spec",
     "overridden",
     "parse_spec",
+    "words_of",
 ]

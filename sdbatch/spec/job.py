@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from sdbatch.errors import Problem, SpecError
 from sdbatch.spec.generate import Generate
 from sdbatch.spec.input import Input
+from sdbatch.spec.matrix import MATRIX_FIELDS, Matrix, check_matrix, fields_of, words_of
 from sdbatch.spec.model import Model
 from sdbatch.spec.output import Output
 from sdbatch.spec.plain_yaml import MOST_BYTES, read_yaml, told
@@ -31,11 +32,43 @@ class JobSpec(Section):
     )
     input: Input
     prompt: Prompt = Field(default_factory=lambda: Prompt())
+    matrix: Annotated[Matrix, AfterValidator(check_matrix)] = Field(
+        default_factory=dict,
+        description=f"Name → list of values, all combined with every prompt: {', '.join(MATRIX_FIELDS)}, or words of "
+        "your own for the template",
+    )
     model: Model = Field(default_factory=lambda: Model())
     generate: Generate = Field(default_factory=lambda: Generate())
     output: Output
     failures: Failures = Field(default_factory=lambda: Failures())
     resources: Resources = Field(default_factory=lambda: Resources())
+
+    @field_validator("matrix")
+    @classmethod
+    def _not_given_twice(cls, matrix: Matrix, info: ValidationInfo) -> Matrix:
+        source, prompt = info.data.get("input"), info.data.get("prompt")
+        if source is None or prompt is None:  # their own mistakes come first
+            return matrix
+        for name in fields_of(matrix):
+            if name in source.columns:
+                raise ValueError(f"varies {name}, which input.columns takes from the table; one of them can give it")
+        for name in words_of(matrix):
+            if name in source.kept:
+                raise ValueError(f"has {name}, which input.keep takes from the table; call one of them otherwise")
+            if not prompt.templated:
+                fields = ", ".join(MATRIX_FIELDS)
+                raise ValueError(f"has {name}, which is no field ({fields}), and there is no prompt.template to use it")
+        return matrix
+
+    @property
+    def kept(self) -> list[str]:
+        """The metadata's columns beside our own: those of the table and the words of the matrix."""
+        return [*self.input.kept, *words_of(self.matrix)]
+
+    @property
+    def variants(self) -> bool:
+        """Can a row have several prompts or settings? Then its images' ids tell which."""
+        return self.prompt.samples > 1 or self.prompt.expansion == "all" or bool(self.matrix)
 
     def deciding(self) -> dict[str, Any]:
         """The part of the spec that decides what is made: a resumed job may not change it.
@@ -45,6 +78,7 @@ class JobSpec(Section):
         fields = self.model_dump(mode="json")
         del fields["name"], fields["failures"], fields["resources"]["actors"]
         del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
+        del fields["prompt"]["wildcards"]  # what its files hold counts
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
             del added["uri"]  # what lies there counts, by its checksum
         return fields

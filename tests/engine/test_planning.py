@@ -270,3 +270,20 @@ def test_of_two_extensions_the_first_stands(job: Path, sdbatch: CommandLine, tmp
     assert planner.extend_plan(slow, standing, lambda rows: None) == read_job(slow.store)
     assert sums(tmp_path / "out", "_sdbatch/") == by_first
     assert len(read_job(slow.store).parts) == 2
+
+
+def test_a_wildcard_file_that_changed_is_another_plan(sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("thing\nring\nstar\n")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/colours.txt").write_text("red\nblue\n")
+    prompt = {"template": "a __colours__ {thing}", "wildcards": "words", "expansion": "all"}
+    job = write_job(prompt=prompt, matrix={"guidance_scale": [2, 3]})
+    made = sdbatch.json("run", job)
+    assert made["planned"] == made["committed"] == 8
+    rows = pq.read_table(tmp_path / "out/metadata").to_pylist()
+    assert {row["template"] for row in rows} == {"a __colours__ {thing}"}
+    assert {row["prompt"] for row in rows} == {
+        f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("ring", "star")
+    }
+    (tmp_path / "words/colours.txt").write_text("red\ngreen\n")
+    assert "wildcards.colours" in sdbatch("run", job, code=2).stderr

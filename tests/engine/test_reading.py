@@ -17,7 +17,7 @@ from sdbatch.engine import reading
 from sdbatch.engine.reading import Row, read_slices
 from sdbatch.errors import InputError
 from sdbatch.prompts import find_table
-from sdbatch.spec import Input
+from sdbatch.spec import JobSpec, parse_spec
 
 ROWS = 40_000  # more than two slices
 
@@ -25,9 +25,13 @@ ROWS = 40_000  # more than two slices
 pytestmark = pytest.mark.usefixtures("ray_here")
 
 
+def job(uri: Path | str, **settings: object) -> JobSpec:
+    return parse_spec({"name": "test", "input": {"uri": str(uri), **settings}, "output": {"uri": "out"}})
+
+
 def read(uri: Path | str, **settings: object) -> list[list[Row]]:
-    source = Input.model_validate({"uri": str(uri), **settings})
-    return [rows.to_pylist() for rows in read_slices(source, find_table(source))]
+    spec = job(uri, **settings)
+    return [rows.to_pylist() for rows in read_slices(spec, find_table(spec.input))]
 
 
 def prompts(slices: list[list[Row]]) -> list[str | None]:
@@ -177,8 +181,8 @@ def test_slices_may_be_cut_as_they_were_once(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(reading, "SLICE_ROWS", 4)
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text("prompt\n" + "".join(f"{name}{i}\n" for i in range(7)))
-    source = Input(uri=str(tmp_path))
-    slices = list(read_slices(source, find_table(source), [4, 1, 2]))
+    spec = job(tmp_path)
+    slices = list(read_slices(spec, find_table(spec.input), planned=[4, 1, 2]))
     assert [len(rows) for rows in slices] == [4, 1, 2, 4, 3]
     assert pa.concat_tables(slices).column("prompt").to_pylist() == [f"{name}{i}" for name in "ab" for i in range(7)]
 
