@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from sdbatch.diffusion.prompt import read_prompts
 from sdbatch.diffusion.text_encoder import TextEncoder
 from sdbatch.diffusion.tokenizer import CLIPTokenizer
-from sdbatch.diffusion.unet import Added
+from sdbatch.diffusion.unet import Added, KeysValues
 from sdbatch.errors import UsageError
 
 
@@ -22,6 +22,7 @@ class Conditioning:
 
     states: Tensor  # (B, L, D) text states
     added: Added | None  # SDXL
+    keys_values: list[KeysValues] | None = None  # of the U-Net's cross-attentions, once they are made
 
     def blanked(self, given: Tensor) -> Conditioning:
         """Text only where ``given`` (B,) is True, zeros elsewhere: how SDXL has an empty prompt."""
@@ -48,6 +49,13 @@ class Reading:
     clip_skip: int = 0  # layers of the text encoder to leave out at its end, in prompts but not in negative ones
 
 
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device. From pinned memory the copy does not wait for what the device is still at."""
+    if device.type == "cuda":
+        return torch.tensor(values).pin_memory().to(device, non_blocking=True)
+    return torch.tensor(values, device=device)
+
+
 def text_states(
     tokenizer: CLIPTokenizer,
     encoder: TextEncoder,
@@ -69,7 +77,7 @@ def text_states(
         raise UsageError(f"encode: a prompt takes {most} chunks of {tokenizer.room} tokens, but chunks is {chunks}")
     device = encoder.text_model.final_layer_norm.weight.device
     rows = [(read.chunks + [tokenizer.frame([])] * chunks)[:chunks] for read in reads]
-    ids = torch.tensor(rows, device=device).flatten(0, 1)  # (B · chunks, L)
+    ids = sent(rows, device).flatten(0, 1)  # (B · chunks, L)
     layers = encoder(ids)
     back = skip + (2 if penultimate else 1)
     if back >= len(layers):
@@ -79,10 +87,10 @@ def text_states(
     weighted = [read.weighted for read in reads]
     if any(weighted):
         blank = [1.0] * tokenizer.max_length
-        weights = torch.tensor([(read.weights + [blank] * chunks)[:chunks] for read in reads], device=device)
+        weights = sent([(read.weights + [blank] * chunks)[:chunks] for read in reads], device)
         heavier = states * weights.flatten(0, 1)[:, :, None].to(states.dtype)
         heavier = heavier * _mean_ratio(states, heavier).to(states.dtype)
-        chosen = torch.tensor(weighted, device=device).repeat_interleave(chunks)[:, None, None]
+        chosen = sent(weighted, device).repeat_interleave(chunks)[:, None, None]
         states = torch.where(chosen, heavier, states)
     return states.reshape(len(prompts), -1, states.shape[-1]), pooled
 

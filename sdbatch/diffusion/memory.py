@@ -82,10 +82,12 @@ def activations(model: LatentDiffusion, *, batch: int, width: int, height: int, 
     """The most bytes alive, beside the weights, while a model encodes, denoises (one step) and decodes."""
     factor, channels = model.vae.config.downscale, model.vae.config.latent_channels
     with live_tensors(model.device) as live:
-        conditioning = given = model.encode([""] * batch, size=(width, height))
+        prompts = [str(number) for number in range(batch)]  # all distinct: the most that a batch can take
+        conditioning = given = model.encode(prompts, size=(width, height))
         if guided:
-            conditioning = model.encode([""] * batch, size=(width, height), negative=True) + given
+            conditioning = model.encode(prompts, size=(width, height), negative=True) + given
         encoding = live.restart()
+        conditioning = model.with_keys_values(conditioning)
         latents = torch.zeros(batch, channels, height // factor, width // factor, device=model.device)
         _step(model, latents, conditioning, guided)
         denoising = live.restart()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from sdbatch.diffusion import folder as diffusers_folder
 from sdbatch.diffusion.adapters import Adaptation, adapt
 from sdbatch.diffusion.checkpoint import Checkpoint
-from sdbatch.diffusion.conditioning import Conditioning, Reading, text_states
+from sdbatch.diffusion.conditioning import Conditioning, Reading, sent, text_states
 from sdbatch.diffusion.grids import Step
 from sdbatch.diffusion.locate import open_checkpoint
 from sdbatch.diffusion.painting import Painting, checked_pixels
@@ -43,6 +44,8 @@ class LatentDiffusion:
         self.vae = vae
         self.vae_tiling = False  # decode and encode large pictures tile by tile: less memory, soft seams
         self.vae_slicing = False  # decode and encode picture by picture: less memory
+        self.keeps_texts = 0  # read prompts to keep from one call to the next, where no weight changes meanwhile
+        self._texts: dict[tuple[str, Reading, int, bool], tuple[Tensor, Tensor]] = {}
         self._offloads = False
 
     # -- loading and saving ------------------------------------------------------------------------------
@@ -76,7 +79,14 @@ class LatentDiffusion:
         )
         networks = dict(zip([encoder.name for encoder in checkpoint.text_encoders], model.text_encoders, strict=True))
         adapt(checkpoint, {"unet": model.unet, **networks}, adaptations)
+        model._lay_out()
         return model
+
+    def _lay_out(self) -> None:
+        """Channels last is faster. On the CPU the U-Net gains little by it, and stays mapped from its file."""
+        networks: list[Any] = [self.vae, self.unet] if self.device.type == "cuda" else [self.vae]
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write the model in the diffusers layout; diffusers' pipelines open the folder. Raises ModelError for a model
@@ -161,10 +171,20 @@ class LatentDiffusion:
     ) -> Conditioning:
         """Prompts → conditioning for pictures of ``size`` (width, height), every prompt read in ``chunks`` chunks.
 
-        ``negative`` prompts say what pictures should not show. Raises UsageError where a prompt that is to be read
-        whole (``long_prompts="chunk"``) takes more chunks than that.
+        ``negative`` prompts say what pictures should not show. Each distinct prompt is read once and by itself: what
+        stands beside it changes nothing. Raises UsageError where a prompt that is to be read whole
+        (``long_prompts="chunk"``) takes more chunks than that.
         """
-        return self.condition(prompts, size=size, reading=reading, chunks=chunks, negative=negative)
+        how = reading, chunks, negative
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, *how) not in self._texts]
+        read = self._read([[prompt] for prompt in new], reading, chunks, negative)
+        known = self._texts | {(prompt, *how): text for prompt, text in zip(new, read, strict=True)}
+        used = {(prompt, *how): known[prompt, *how] for prompt in prompts}
+        if self.keeps_texts:
+            latest = [*(item for item in self._texts.items() if item[0] not in used), *used.items()]
+            self._texts = dict(latest[-self.keeps_texts :])
+        states, pooled = (torch.cat(parts) for parts in zip(*(known[prompt, *how] for prompt in prompts), strict=True))
+        return self._told(prompts, states, pooled, size, negative)
 
     def condition(
         self,
@@ -175,41 +195,58 @@ class LatentDiffusion:
         chunks: int = 1,
         negative: bool = False,
     ) -> Conditioning:
-        """The same as ``encode``, where gradients are to flow."""
-        states, pooled = [], None
+        """The same as ``encode`` but for rounding, all prompts in one batch, where gradients are to flow."""
+        ((states, pooled),) = self._read([prompts], reading, chunks, negative)
+        return self._told(prompts, states, pooled, size, negative)
+
+    def _read(
+        self, batches: Sequence[Sequence[str]], reading: Reading, chunks: int, negative: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch, the states of all text encoders side by side (B, L, D), and the last one's pooled text."""
+        # The reference skips layers for what is wanted alone, and so do we: the same pictures.
+        skip, penultimate = 0 if negative else reading.clip_skip, self.unet.config.added_dim is not None
+        by_encoder = []
         for tokenizer, encoder in zip(self.checkpoint.tokenizers, self.text_encoders, strict=True):
             if self._offloads:
                 encoder.to(self.device)
-            # The reference skips layers for what is wanted alone, and so do we: the same pictures.
-            skip = 0 if negative else reading.clip_skip
-            found, pooled = text_states(
-                tokenizer,
-                encoder,
-                prompts,
-                reading,
-                chunks=chunks,
-                skip=skip,
-                penultimate=self.unet.config.added_dim is not None,
+            by_encoder.append(
+                [
+                    text_states(tokenizer, encoder, batch, reading, chunks=chunks, skip=skip, penultimate=penultimate)
+                    for batch in batches
+                ]
             )
-            states.append(found)
             if self._offloads:
                 encoder.to("cpu")
-        text = torch.cat(states, dim=-1)
-        if self.unet.config.added_dim is None or pooled is None:
-            return Conditioning(text, None)
+        return [
+            (torch.cat([states for states, _ in parts], dim=-1), parts[-1][1])
+            for parts in zip(*by_encoder, strict=True)
+        ]
+
+    def _told(
+        self, prompts: Sequence[str], states: Tensor, pooled: Tensor, size: tuple[int, int] | None, negative: bool
+    ) -> Conditioning:
+        """Text as the U-Net is told it: SDXL also hears the pooled text and sizes."""
+        if self.unet.config.added_dim is None:
+            return Conditioning(states, None)
         width, height = size or self.default_size
         last = [_AESTHETIC[negative]] if self.checkpoint.aesthetic_score else [height, width]
-        sizes = torch.tensor([[height, width, 0, 0, *last]] * len(prompts), device=self.device)
-        conditioning = Conditioning(text, Added(pooled, sizes.float()))
+        sizes = sent([[height, width, 0, 0, *last]] * len(prompts), self.device)
+        conditioning = Conditioning(states, Added(pooled, sizes.float()))
         if negative and self.checkpoint.zero_empty_prompt:
-            return conditioning.blanked(torch.tensor([prompt != "" for prompt in prompts], device=self.device))
+            return conditioning.blanked(sent([prompt != "" for prompt in prompts], self.device))
         return conditioning
+
+    @torch.inference_mode()
+    def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
+        """What the U-Net makes of the text alone, once for all steps."""
+        return replace(conditioning, keys_values=self.unet.keys_values(conditioning.states))
 
     @torch.inference_mode()
     def denoise(self, z: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """The network's output (ε or v) at z (B, in_channels, h, w) and time step t, in float32."""
         timesteps = torch.full((z.shape[0],), t, device=self.device)
-        return self.unet(z.to(self.dtype), timesteps, conditioning.states, conditioning.added).float()
+        text = conditioning.keys_values or conditioning.states
+        return self.unet(z.to(self.dtype), timesteps, text, conditioning.added).float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -291,7 +328,10 @@ class LatentDiffusion:
         conditioning = given
         if guided:
             conditioning = self.encode(negatives, size=size, reading=reading, chunks=chunks, negative=True) + given
-        by_scale = torch.tensor(scales, device=self.device)[:, None, None, None]
+            conditioning = self.with_keys_values(conditioning)
+        if not guided or guidance_interval != (0.0, 1.0):  # some steps are not guided
+            given = self.with_keys_values(given)
+        by_scale = sent(scales, self.device)[:, None, None, None]
         noise = _noise(seeds, shape, self.device)
         start, steps, painting = self._start(
             sampler, num_inference_steps, noise, count, size, init_images, mask_images, strength

@@ -7,6 +7,7 @@ The module tree carries the key names of diffusers' ``UNet2DConditionModel``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,12 @@ class Added:
     sizes: Tensor  # (B, 6) original height and width, crop top and left, target height and width; refiner: (B, 5)
 
 
+#: What a cross-attention is told of a text: keys and values, each (B, heads, L, d).
+KeysValues = tuple[Tensor, Tensor]
+
+
 class Attention(nn.Module):
-    """Multi-head attention of x to itself or, given ``context``, to the text."""
+    """Multi-head attention of x to itself or, given its keys and values, to the text."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -57,13 +62,18 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, h·w, d)
-        k = self.to_k(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
-        v = self.to_v(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x: Tensor, text: KeysValues | None = None) -> Tensor:
+        q = self._heads(self.to_q(x))  # (B, heads, h·w, d)
+        k, v = self.keys_values(x) if text is None else text
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+    def keys_values(self, source: Tensor) -> KeysValues:
+        """What ``source`` (B, L, context_width) has to say."""
+        return self._heads(self.to_k(source)), self._heads(self.to_v(source))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -100,9 +110,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
 
@@ -119,14 +129,14 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out: nn.Module = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, texts: Iterator[KeysValues]) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2)  # (B, h·w, width)
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, next(texts))
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, size)
@@ -143,11 +153,11 @@ class DownBlock(nn.Module):
         self.attentions = _transformers(config, level, config.layers_per_block)
         self.downsamplers = nn.ModuleList([Downsample(out)] if level < last else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, texts: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, texts)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -163,8 +173,8 @@ class MidBlock(nn.Module):
         heads, layers = config.num_attention_heads[-1], config.transformer_layers[-1]
         self.attentions = nn.ModuleList([SpatialTransformer(width, heads, layers, config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context)
+    def forward(self, x: Tensor, time: Tensor, texts: Iterator[KeysValues]) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), texts)
         return self.resnets[1](x, time)
 
 
@@ -178,11 +188,11 @@ class UpBlock(nn.Module):
         self.attentions = _transformers(config, level, len(skip_channels))
         self.upsamplers = nn.ModuleList([Upsample(out)] if level > 0 else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, texts: Iterator[KeysValues], skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, texts)
         for upsample in self.upsamplers:
             # Odd sizes do not double back: the next skip knows the size to return to.
             height, width = skips[-1].shape[-2:]
@@ -213,8 +223,9 @@ class Embedding(nn.Module):
 class UNet(nn.Module):
     """(z_t, t, text) → ε or v.
 
-    ``latents`` (B, in_channels, h, w); ``timesteps`` (B,), float; ``context`` (B, L, cross_attention_dim);
-    ``added`` for models that have it. Returns (B, out_channels, h, w).
+    ``latents`` (B, in_channels, h, w); ``timesteps`` (B,), float; ``context`` (B, L, cross_attention_dim), or the keys
+    and values made of it, which are the same at every step; ``added`` for models that have it.
+    Returns (B, out_channels, h, w).
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -241,7 +252,19 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, added: Added | None = None) -> Tensor:
+    def keys_values(self, context: Tensor) -> list[KeysValues]:
+        """What each cross-attention is told of the text, in the order in which they come."""
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return [block.attn2.keys_values(context) for block in blocks]
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Sequence[KeysValues],
+        added: Added | None = None,
+    ) -> Tensor:
+        texts = iter(self.keys_values(context) if isinstance(context, Tensor) else context)
         time = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]))  # (B, 4·widths[0])
         if self.add_embedding is not None and self.config.added_sizes_dim:
             if added is None:
@@ -251,10 +274,10 @@ class UNet(nn.Module):
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, time, context, skips)
-        x = self.mid_block(x, time, context)
+            x = block(x, time, texts, skips)
+        x = self.mid_block(x, time, texts)
         for block in self.up_blocks:
-            x = block(x, time, context, skips)
+            x = block(x, time, texts, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

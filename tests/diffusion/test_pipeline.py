@@ -365,3 +365,36 @@ def test_pickles_and_unknown_models_are_refused(tmp_path: Path) -> None:
         open_checkpoint("builtin:nothing")
     with pytest.raises(ModelError, match=r"has no model_index\.json"):
         open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd2 zero SNR"])
+def test_neither_neighbours_nor_repeated_prompts_change_a_picture(
+    name: str, families: dict[str, LatentDiffusion]
+) -> None:
+    def second(neighbours: list[str], negatives: list[str], interval: tuple[float, float]) -> torch.Tensor:
+        return families[name].generate(
+            [neighbours[0], "a ring", neighbours[1]],
+            [negatives[0], "a star", negatives[1]],
+            seeds=[1, 2, 3],
+            num_inference_steps=2,
+            guidance_interval=interval,
+            output="latent",
+        )[1]
+
+    for interval in ((0.0, 1.0), (0.5, 1.0)):
+        among = second(["a cross", "a red circle"], ["", "blue"], interval)
+        assert torch.equal(second(["a ring", "a ring"], ["a star", "a star"], interval), among)
+        assert torch.equal(second(["", "a ring"], ["a ring", ""], interval), among)
+
+
+def test_text_is_told_to_the_network_once_for_all_steps(
+    families: dict[str, LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = families["sdxl"]
+    told: list[int] = []
+    keys_values = model.unet.keys_values
+    monkeypatch.setattr(model.unet, "keys_values", lambda context: told.append(len(context)) or keys_values(context))
+    model.generate(["a ring"], seeds=[1], num_inference_steps=4, output="latent")
+    assert told == [2], "wanted and unwanted together"
+    model.generate(["a ring"], seeds=[1], num_inference_steps=4, guidance_interval=(0.5, 1.0), output="latent")
+    assert told == [2, 2, 1], "and the wanted alone, for steps without guidance"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdbatch.diffusion import LatentDiffusion, Reading, TextualInversion
+from sdbatch.diffusion.conditioning import text_states
 from sdbatch.diffusion.prompt import chunks_needed, parse_emphasis, read_prompts
 from sdbatch.errors import UsageError
 from tests.diffusion import tiny_models
@@ -248,3 +249,48 @@ def test_the_longer_reading_counts_where_encoders_know_different_words(folder: P
         .isfinite()
         .all()
     )
+
+
+# -- each prompt once and by itself ------------------------------------------------------------------------
+
+COMPANIES = [["a ring", "a red circle"], ["a red circle"] * 3, ["", "a ring", "a star", "a red circle", "", "a ring"]]
+
+
+@pytest.mark.parametrize("company", COMPANIES)
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_prompt_is_read_the_same_whatever_stands_beside_it(
+    company: list[str], kept: int, sdxl: LatentDiffusion
+) -> None:
+    alone = {prompt: sdxl.encode([prompt]) for prompt in company}
+    sdxl.keeps_texts = kept
+    try:
+        for _ in range(2):
+            together = sdxl.encode(company)
+            assert torch.equal(together.states, torch.cat([alone[prompt].states for prompt in company]))
+            pooled = [alone[prompt].added.pooled for prompt in company]  # type: ignore[union-attr]
+            assert together.added is not None
+            assert torch.equal(together.added.pooled, torch.cat(pooled))
+    finally:
+        sdxl.keeps_texts = 0
+
+
+def test_distinct_prompts_are_read_once_and_kept_as_long_as_asked_for(
+    sd1: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        "sdbatch.diffusion.pipeline.text_states",
+        lambda *given, **how: read.extend(given[2]) or text_states(*given, **how),
+    )
+    sd1.encode(["a ring", "a star", "a ring"])
+    sd1.encode(["a ring"])
+    assert read == ["a ring", "a star", "a ring"], "between calls nothing is kept"
+    monkeypatch.setattr(sd1, "keeps_texts", 2)
+    read.clear()
+    for prompts in (["a ring"], ["a star", "a ring"], ["a ring"], ["a cross"], ["a ring"], ["a star"]):
+        sd1.encode(prompts)
+    assert read == ["a ring", "a star", "a cross", "a star"], "what was used last stays"
+    sd1.encode(["a ring"], negative=True)
+    sd1.encode(["a star"], reading=EMPHASIS)
+    assert read[4:] == ["a ring", "a star"], "read otherwise is another text"
+    sd1._texts.clear()
