@@ -24,6 +24,7 @@ COMMANDS = (
     "repair",
     "gallery",
     "inspect",
+    "bench",
     "evaluate",
     "train",
     "finetune",

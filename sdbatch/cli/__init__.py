@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import evaluation, jobs, models, results, training
+from sdbatch.cli import bench, evaluation, jobs, models, results, training
 from sdbatch.cli.console import people, plain, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -35,6 +35,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.repair,
     results.gallery,
     models.inspect,
+    bench.bench,
     evaluation.evaluate,
     training.train,
     training.finetune,

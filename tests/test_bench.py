@@ -1,0 +1,121 @@
+"""The bench: what it counts, what it keeps, what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdbatch import cli
+from sdbatch.bench.clock import Setting
+from sdbatch.bench.floor import count_flops
+from sdbatch.bench.sizes import checkpoint_of, load_subject
+from sdbatch.bench.techniques import TECHNIQUES
+from sdbatch.bench.waterfall import prepared
+from sdbatch.diffusion.float8 import Float8Linear
+
+SETTING = Setting(64, 64, 2, 5.0, "euler", "cpu", "float32", 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "unet", "decoder"),
+    [("sd15", 512, 0.803, 2.51), ("sd21", 768, 2.149, 5.75), ("sdxl", 1024, 6.761, 10.47)],
+)
+def test_a_model_of_a_published_size_takes_the_published_arithmetic(
+    model: str, side: int, unet: float, decoder: float
+) -> None:
+    counted = count_flops(checkpoint_of(model), side, side)
+    assert counted.unet / 1e12 == pytest.approx(unet, abs=5e-4)
+    assert counted.decoder / 1e12 == pytest.approx(decoder, abs=5e-3)
+    assert counted.of_picture(40) == counted.text + 40 * counted.unet + counted.decoder
+
+
+def test_random_weights_are_the_same_every_time_and_pictures_are_finite() -> None:
+    checkpoint = checkpoint_of("sd15-quarter")
+    pictures = [
+        load_subject(checkpoint, "cpu", "float32").generate(
+            ["a ring"], seeds=[1], width=64, height=64, num_inference_steps=1, output="latent"
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*pictures)
+    assert pictures[0].isfinite().all()
+    assert pictures[0].std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [technique for technique in TECHNIQUES if technique.of != "compiler" and "float8" not in technique.name],
+    ids=lambda technique: technique.name,
+)
+def test_a_technique_changes_speed_and_not_pictures(technique: object) -> None:
+    checkpoint = checkpoint_of("builtin:shapes")
+    plain = prepared(checkpoint, SETTING, ())
+    if technique.lacking(plain):  # type: ignore[attr-defined]
+        pytest.skip("not on this machine")
+    faster = prepared(checkpoint, SETTING, (technique,))  # type: ignore[arg-type]
+    latents = []
+    for subject in (plain, faster):
+        with subject.attending():
+            latents.append(subject.generate(["a ring"], seeds=[1], num_inference_steps=2, output="latent"))
+    assert torch.allclose(*latents, atol=1e-4)
+
+
+def test_a_linear_layer_in_eight_bits_is_near_the_one_it_was() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    x = torch.randn(5, 7, 64)
+    expected = layer(x)
+    rounded = Float8Linear(layer)(x)
+    assert rounded.shape == expected.shape
+    assert rounded.dtype == x.dtype
+    assert 0.001 < (rounded - expected).norm() / expected.norm() < 0.06
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own
+def test_the_command_measures_ours_and_diffusers_and_writes_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", "1", "--batch", "1", "--runs", "1", "--no-techniques", "--against", "diffusers", "--json"]
+    assert cli.call(["bench", *options, "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "bench.json").read_text())
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    row, duel = found["rows"][0], found["duels"][0]
+    assert row["images_a_second"] > 0
+    assert row["share_of_floor"] == pytest.approx(row["images_a_second"] / found["floor_images_a_second"], rel=0.01)
+    assert len(duel["ratios"]) == 5
+    assert duel["psnr"] is None or duel["psnr"] > 40, "both made the same pictures"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["no-such-size"], "use sd15, sd21, sdxl"),
+        (["--dtype", "int4"], "use one of float32"),
+        (["--sampler", "eular"], "use one of ddpm"),
+        (["--against", "magic"], "use diffusers"),
+        (["--against", "diffusers", "--sampler", "lcm"], "use one of the samplers ddim"),
+        (["--device", "cuda"], "there is no CUDA device here"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_at_once(
+    options: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.call(["bench", *options]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bench_runs_where_there_is_no_ray_and_no_pydantic() -> None:
+    absent = "import sys; sys.modules.update(dict.fromkeys(['ray', 'pydantic', 'boto3', 'pyarrow', 'diffusers']))"
+    options = "['', '--steps', '1', '--batch', '1', '--runs', '1', '--no-techniques']"
+    code = f"{absent}; sys.argv = {options}; from sdbatch.bench.__main__ import main; sys.exit(main())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "images/s" in ended.stdout
