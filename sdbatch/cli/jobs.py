@@ -51,7 +51,7 @@ def plan(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False
     spec = load_spec(job, set_)
     with watching() as watch:
         found = runner.plan(spec, watch, extend=extend)
-    planned, size = found.job, spec.resources.batch_size
+    planned, size = found.job, found.job.spec["resources"]["batch_size"]
     makeable = found.shards.makeable()
     batches = int((-(-makeable.column("count") // size)).sum())
     images = makeable.images
@@ -65,6 +65,7 @@ def plan(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False
         "makeable": images,
         "quarantined": planned.faulty,
         "shards": planned.shards,
+        "batch_size": size,
         "batches": batches,
         "padding": round(padding, 4),
         "sizes": dict(shapes.most_common()),

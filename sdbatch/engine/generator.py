@@ -22,9 +22,10 @@ import PIL
 import ray
 
 from sdbatch import __version__
+from sdbatch.engine.batching import device_bytes, too_large
 from sdbatch.engine.image_model import ImageModel
 from sdbatch.engine.logbook import Mark, Pen
-from sdbatch.engine.models import load_model
+from sdbatch.engine.models import footprint, load_model
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed, ModelError
@@ -119,7 +120,7 @@ class Generator:
             return Receipt(shard.number, record.committed, record.quarantined, 0, 0)
         requests = self._requests(shard)
         settled = self._settled(shard, requests)
-        size = self.spec.resources.batch_size
+        size = self.spec.resources.at_once
         finishing: list[Future[dict[int, Ended]]] = []
         batches, model_seconds = 0, 0.0
         with self._model_turn:
@@ -162,7 +163,7 @@ class Generator:
 
         None for a request that fails.
         """
-        requests, size = self._requests(shard), self.spec.resources.batch_size
+        requests, size = self._requests(shard), self.spec.resources.at_once
         sums: dict[int, str | None] = {}
         for first in range(0, len(requests), size):
             batch = {position: requests[position] for position in positions if first <= position < first + size}
@@ -207,7 +208,7 @@ class Generator:
         If the batch fails as a whole, each request is tried by itself.
         """
         given = {position: self._given(request) for position, request in batch.items()}
-        slots: list[_Slot | None] = [None] * self.spec.resources.batch_size
+        slots: list[_Slot | None] = [None] * self.spec.resources.at_once
         for position, pictures in given.items():
             if not isinstance(pictures, Refused):
                 slots[position - first] = _Slot(batch[position], *pictures)
@@ -241,10 +242,8 @@ class Generator:
         if not isinstance(error, self.model.memory_errors):
             os._exit(1)
         lead = next(slot.request for slot in slots if slot is not None)
-        return JobFailed(
-            f"a batch of {len(slots)} at {lead.width}x{lead.height} does not fit the device's memory; "
-            "lower resources.batch_size"
-        )
+        takes, limit = footprint(self.spec, lead.width, lead.height), device_bytes(self.spec.resources)
+        return JobFailed(too_large(len(slots), lead.width, lead.height, takes, limit or 0))
 
     def _compute_alone(self, slots: Sequence[_Slot | None], place: int) -> _Result:
         """One request in its own slot of a padded batch: the same bytes as in company."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,11 +22,15 @@ from sdbatch.diffusion import (
 )
 from sdbatch.diffusion.adapters import adapt
 from sdbatch.diffusion.locate import local_path
+from sdbatch.diffusion.memory import peak_bytes
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
 from sdbatch.engine.image_model import FoundModel
 from sdbatch.prompts import ImageRequest, ModelFacts
 from sdbatch.spec import Generate, Model, Resources
+
+#: Prompts that stay read: the job's negative prompt, and those of which several pictures are made in a row.
+_KEPT_TEXTS = 256
 
 
 class LatentModel:
@@ -53,6 +57,7 @@ class LatentModel:
         )
         self._model.vae_tiling, self._model.vae_slicing = model.vae_tiling, model.vae_slicing
         self._model.offload_text_encoders = model.offload_text_encoders
+        self._model.keeps_texts = _KEPT_TEXTS
         self._settings = settings
         self._reading = Reading(settings.long_prompts, settings.emphasis, settings.clip_skip)
         self.sha256 = _sha256(self._model.checkpoint, added)
@@ -112,6 +117,25 @@ def find_latent(model: Model) -> FoundModel:
     )
     layers = min(encoder.config.num_hidden_layers for encoder in checkpoint.text_encoders)
     return FoundModel(_sha256(checkpoint, added), facts, layers - 1, checkpoint.path, checkpoint.tokenizers)
+
+
+def latent_footprint(model: Model, width: int, height: int) -> Callable[[int], int]:
+    """Bytes by batch, of a model that lies on this machine. Raises ModelError."""
+    checkpoint = open_checkpoint(model.uri, model.tokenizer, model.prediction_type)
+
+    def takes(batch: int) -> int:
+        return peak_bytes(
+            checkpoint,
+            dtype=model.dtype,
+            batch=batch,
+            width=width,
+            height=height,
+            vae_tiling=model.vae_tiling,
+            vae_slicing=model.vae_slicing,
+            offload_text_encoders=model.offload_text_encoders,
+        ).peak
+
+    return takes
 
 
 def _adaptations(model: Model) -> tuple[Adaptation, ...]:

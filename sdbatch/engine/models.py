@@ -33,6 +33,19 @@ def load_model(spec: JobSpec) -> ImageModel:
     return LatentModel(_with_uris(spec.model, bring), spec.generate, spec.resources)
 
 
+#: Bytes that a batch of so many pictures takes of the device, weights and all.
+Footprint = Callable[[int], int]
+
+
+def footprint(spec: JobSpec, width: int, height: int) -> Footprint:
+    """What the job's model takes for pictures of a size, told without loading it. Raises ModelError."""
+    if spec.model.uri == NULL:
+        return lambda batch: 0
+    from sdbatch.engine.latent_model import latent_footprint  # as above
+
+    return latent_footprint(_with_uris(spec.model, bring), width, height)
+
+
 def located(model: Model, found: FoundModel) -> Model:
     """The model's spec for processes with other working folders: paths whole, a Hub model's revision pinned."""
     parts = found.path.parts if found.path is not None else ()

@@ -12,6 +12,7 @@ import PIL
 import pyarrow as pa
 
 from sdbatch import __version__
+from sdbatch.engine.batching import decided
 from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
 from sdbatch.engine.image_model import FoundModel
 from sdbatch.engine.models import find_model, located
@@ -88,7 +89,8 @@ def prepare(spec: JobSpec) -> Prepared:
     check_columns(spec, table)
     wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt.wildcards)
     check_prompts(spec, wildcards.lines)
-    return Prepared(spec, model, table, open_output(spec), wildcards)
+    store = open_output(spec)
+    return Prepared(decided(spec, model.facts, find_job(store)), model, table, store, wildcards)
 
 
 def open_output(spec: JobSpec) -> Store:

@@ -29,7 +29,7 @@ from sdbatch.spec import JobSpec
 from sdbatch.storage import open_store
 
 #: Shards an actor holds at once: one with the model, one being stored.
-_HELD = 2
+HELD = 2
 #: Seconds between two looks at how far the actors are.
 _POLL = 1.0
 #: Deaths in a row at one place, with nothing done anywhere between them, that end the job: while the model is
@@ -65,7 +65,7 @@ class Pool:
             "num_gpus": resources.gpus_per_actor,
             "max_restarts": 0,  # who dies is replaced here, where deaths are counted
             "max_task_retries": 0,
-            "concurrency_groups": {"shards": _HELD, "watch": 1},
+            "concurrency_groups": {"shards": HELD, "watch": 1},
         }
         self._remote: Any = ray.remote(**options)(Generator)
         self._settings = (spec.model_dump(mode="json"), ray.put(job))
@@ -108,8 +108,8 @@ class Pool:
     def _staff(self) -> bool:
         """Give work to who is ready, let go whom there is none for, ask for more where it helps. False: all is done."""
         most = self._spec.resources.most
-        self._todo.extend(islice(self._waiting, max(_HELD * most + 1 - len(self._todo), 0)))
-        for held in range(_HELD):  # the emptiest first
+        self._todo.extend(islice(self._waiting, max(HELD * most + 1 - len(self._todo), 0)))
+        for held in range(HELD):  # the emptiest first
             for member in self._members:
                 if self._todo and member.ready and len(member.held) <= held and member.node not in self._draining:
                     self._hand(member, self._todo.popleft())

@@ -30,6 +30,7 @@ class Failures(Section):
 
 
 _MOST_ACTORS = 10_000
+_LARGEST_BATCH = 1024
 
 
 class Resources(Section):
@@ -40,7 +41,9 @@ class Resources(Section):
     )
     gpus_per_actor: float = Field(0, ge=0, le=8, description="0: on the CPU")
     cpus_per_actor: int = Field(1, ge=1, le=256, description="CPUs, and threads of the model when it runs there")
-    batch_size: int = Field(8, ge=1, le=1024, description="Images that the model computes at once")
+    batch_size: int | str = Field(
+        8, description="Images that the model computes at once; auto: as many as help and fit, decided in the plan"
+    )
 
     @field_validator("actors", mode="before")
     @classmethod
@@ -49,6 +52,18 @@ class Resources(Section):
         if known is None or not 1 <= int(known[1]) <= int(known[2] or known[1]) <= _MOST_ACTORS:
             raise ValueError(f"should be a number or a range from 1 to {_MOST_ACTORS:,}: write 4 or 2..16")
         return int(actors) if known[2] is None else str(actors)
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _number_or_auto(cls, batch: Any) -> int | str:
+        if batch != "auto" and (type(batch) is not int or not 1 <= batch <= _LARGEST_BATCH):
+            raise ValueError(f"should be a number from 1 to {_LARGEST_BATCH:,}, or auto")
+        return batch
+
+    @property
+    def at_once(self) -> int:
+        """The batch size, once it is a number: ``auto`` is only for the planner."""
+        return int(self.batch_size)
 
     @property
     def fewest(self) -> int:
