@@ -1,0 +1,101 @@
+"""Does the model wait for the store? One actor with the built-in model, its store at once and with 2 s a put.
+
+    python -m tests.benchmarks.slow_store [IMAGES] [ROUNDS]
+
+Shards are handed out as the pool does it, to one actor without Ray. The two stores take turns. Throughput is that of
+the model: pictures over the time from its first batch to its last; what is stored after that is told apart.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from sdbatch.engine.pool import HELD
+from sdbatch.ledger import Shard
+from sdbatch.storage import LocalStore
+from tests.benchmarks.planned import generator, plan
+
+BATCH, SHARD, STEPS, SLOW = 8, 32, 20, 2.0
+
+
+class SlowStore(LocalStore):
+    """Every put takes ``seconds`` more."""
+
+    seconds = 0.0
+
+    def put(self, key: str, data: bytes) -> None:
+        time.sleep(self.seconds)
+        super().put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        time.sleep(self.seconds)
+        return super().put_if_absent(key, data)
+
+
+def run(images: int, seconds: float) -> tuple[float, float, float]:
+    """Pictures a second of the model, its idle share, and how long the last picture took to be committed after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        spec, job, shards = plan(
+            root,
+            images,
+            SHARD,
+            generate={"num_inference_steps": STEPS},
+            resources={"batch_size": BATCH},
+        )
+        actor = generator(spec, job)
+        store = SlowStore(root)
+        store.seconds = seconds
+        actor.store = actor._committer._store = actor._committer.writer.store = store
+        spans: list[tuple[float, float]] = []
+        draw = actor.model.draw
+
+        def timed(*given: Any) -> Any:
+            began = time.perf_counter()
+            drawn = draw(*given)
+            spans.append((began, time.perf_counter()))
+            return drawn
+
+        actor.model.draw = timed  # type: ignore[method-assign]
+        waiting: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
+        for shard in [*shards, *[None] * HELD]:
+            waiting.put(shard)
+
+        def serve() -> None:
+            while (shard := waiting.get()) is not None:
+                actor.run_shard(shard)
+
+        servers = [threading.Thread(target=serve) for _ in range(HELD)]
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.join()
+        first, last = spans[0][0], spans[-1][1]
+        idle = 1 - sum(end - began for began, end in spans) / (last - first)
+        return images / (last - first), idle, time.perf_counter() - last
+
+
+def main(images: int, rounds: int) -> None:
+    rates: dict[float, list[float]] = {0.0: [], SLOW: []}
+    for number in range(rounds):
+        for seconds in (0.0, SLOW) if number % 2 == 0 else (SLOW, 0.0):
+            rate, idle, after = run(images, seconds)
+            rates[seconds].append(rate)
+            print(
+                f"{seconds:g} s a put: {rate:.3f} images/s, the model idle for {100 * idle:.1f} % of its time, "
+                f"the last picture committed {after:.1f} s after it",
+                flush=True,
+            )
+    falls = [100 * (1 - slow / quick) for quick, slow in zip(rates[0.0], rates[SLOW], strict=True)]
+    print(f"throughput falls by {statistics.median(falls):.1f} % (from {min(falls):.1f} to {max(falls):.1f})")
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in (sys.argv[1:] + ["192", "3"][len(sys.argv) - 1 :])))
