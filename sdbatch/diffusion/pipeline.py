@@ -177,7 +177,7 @@ class LatentDiffusion:
         """
         how = reading, chunks, negative
         new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, *how) not in self._texts]
-        read = self._read([[prompt] for prompt in new], reading, chunks, negative)
+        read = self._read([[prompt] for prompt in new], reading, chunks, negative) if new else []
         known = self._texts | {(prompt, *how): text for prompt, text in zip(new, read, strict=True)}
         used = {(prompt, *how): known[prompt, *how] for prompt in prompts}
         if self.keeps_texts:
