@@ -63,7 +63,13 @@ def main() -> None:
     130 interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    sys.exit(call(sys.argv[1:]))
+    try:
+        code = call(sys.argv[1:])
+    except Interrupted:  # a second signal, while the first was being told
+        code = Interrupted.exit_code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending as it is
+    sys.exit(code)
 
 
 def call(arguments: list[str]) -> int:

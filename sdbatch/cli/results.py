@@ -12,7 +12,7 @@ from sdbatch import ledger, report
 from sdbatch.cli.console import bar, facts, plain, print_json, tell, watching
 from sdbatch.cli.jobs import Set, report_outcome
 from sdbatch.errors import OutputError, StorageError
-from sdbatch.outputs import opens, read_pictures
+from sdbatch.outputs import opens, read_pictures, read_stored
 from sdbatch.storage import Store, open_store
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output of a job: a folder or s3://bucket/prefix.")]
@@ -50,7 +50,7 @@ def verify(
     store = _open(output)
     with bar("verifying") as update:
         verdict = ledger.verify(
-            store, read_pictures, opens, lambda done, total: update(done, total, "shards"), sample=sample
+            store, read_stored, opens, lambda done, total: update(done, total, "shards"), sample=sample
         )
     made_again = None
     if recompute:
@@ -69,12 +69,12 @@ def verify(
         facts({"committed": f"{verdict.committed:,}", "quarantined": f"{verdict.quarantined:,}"})
         if sample < 1:
             facts({"read": f"{verdict.checked:,} images; of the others only the records"})
-        for name in ("missing", "doubled", "altered", "extra"):
+        for name in ("missing", "doubled", "altered", "leftover", "extra"):
             found: list[str] = getattr(verdict, name)
             if found:
                 tell(f"  [red]{len(found):,} {name}[/]: {_several(found)}")
-        if verdict.missing or verdict.altered:
-            tell(f"  made again by: sdbatch repair {escape(store.uri)}")
+        if verdict.missing or verdict.altered or verdict.leftover:
+            tell(f"  mended by: sdbatch repair {escape(store.uri)}")
         if made_again is not None:
             mark = "[red]✗[/]" if made_again.different else "[green]✓[/]"
             tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Self
 
 import numpy as np
 
@@ -33,9 +34,12 @@ class Collector:
         if not self._left[of]:
             self._thread.submit(self._collect, of)
 
-    def close(self) -> None:
-        """Wait for what is being collected."""
-        self._thread.shutdown()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is to be collected; after an error only for what is being collected."""
+        self._thread.shutdown(cancel_futures=kind is not None)
 
     def _collect(self, number: int) -> None:
         first, end = np.searchsorted(self._slices, [number, number + 1])

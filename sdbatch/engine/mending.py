@@ -20,8 +20,9 @@ from sdbatch.ledger import (
     put_round,
     read_job,
     read_shards,
+    renew_totals,
 )
-from sdbatch.outputs import decode_metadata, opens, read_pictures
+from sdbatch.outputs import decode_metadata, opens, read_stored
 from sdbatch.spec import JobSpec, overridden, parse_spec
 from sdbatch.storage import Store
 
@@ -53,12 +54,18 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
 
 
 def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
-    """Make again what ``verify`` finds missing or altered, and what an earlier run left undone."""
+    """Make again what ``verify`` finds missing or altered, and what an earlier run left undone; remove leftovers.
+
+    A shard whose record is wrong, or what lies beside its pictures, gets a new edition with the same pictures.
+    """
 
     def damaged(job: Job) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
-        for done, found in enumerate(examine(store, job, read_pictures, opens), 1):
+        renew_totals(store)
+        for done, found in enumerate(examine(store, job, read_stored, opens), 1):
             progress(done, job.shards)
-            if found.record is not None and found.damaged:
+            for key in found.leftover:
+                store.delete(key)
+            if found.record is not None and not found.sound:
                 yield found.record, found.damaged
 
     return _again(store, "repair", (), damaged, watch)

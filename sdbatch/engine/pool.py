@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator as Receipts
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -85,7 +86,7 @@ class Pool:
         self.deaths = 0
         self.ready_at: float | None = None  # when the first actor had its model loaded
 
-    def run(self, shards: Iterable[Shard]) -> Iterator[Receipt]:
+    def run(self, shards: Iterable[Shard]) -> Receipts[Receipt, None, None]:
         """Have every shard made; yields receipts as they come. Raises JobFailed when that can't be done."""
         self._waiting = iter(shards)
         looked = time.monotonic()

@@ -157,7 +157,7 @@ class _Making:
 
     def edition(self, shards: Shards, spec: JobSpec, edition: int) -> None:
         """Have all of the shards made that are not there in this edition."""
-        with closing(Collector(self._store, shards, Commits(self._store), edition)) as collector:
+        with Collector(self._store, shards, Commits(self._store), edition) as collector:
             todo = collector.todo
             if not len(todo):
                 return
@@ -169,10 +169,11 @@ class _Making:
                 collector.committed(receipt.shard)
             self._deaths_before = self._now.deaths
             pool = Pool(spec, self._job, self._look)
-            for receipt in pool.run(_in_edition(edition, todo.makeable())):
-                self._made += receipt.committed + receipt.quarantined
-                self._count(receipt, spec)
-                collector.committed(receipt.shard)
+            with closing(pool.run(_in_edition(edition, todo.makeable()))) as receipts:  # no actor outlives an error
+                for receipt in receipts:
+                    self._made += receipt.committed + receipt.quarantined
+                    self._count(receipt, spec)
+                    collector.committed(receipt.shard)
             self._ready_at = self._ready_at or pool.ready_at
 
     def outcome(self, started: float) -> Outcome:

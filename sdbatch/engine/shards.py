@@ -32,6 +32,7 @@ from sdbatch.ledger import (
 from sdbatch.outputs import (
     FORMATS,
     EncodedPicture,
+    StoredShard,
     decode_metadata,
     encode_metadata,
     metadata_key,
@@ -111,7 +112,7 @@ class ShardCommitter:
         again = self._again(shard)
         try:
             rows = decode_metadata(self._store.get(metadata_key(shard_stem(shard.number, again.before))))
-        except (ObjectNotFound, pa.ArrowException):
+        except (ObjectNotFound, pa.ArrowException, OSError, ValueError):  # gone, or damaged
             return {}
         stay = {position: row for position, row in enumerate(rows) if position not in again.positions}
         pictures = read_pictures(self._store, [row["path"] for row in stay.values() if row["path"]])
@@ -128,18 +129,19 @@ class ShardCommitter:
     def commit(self, shard: Shard, ended: Sequence[Ended], seconds: dict[str, float], writer: str) -> CommitRecord:
         """End the shard; ``ended`` has one entry a position, its pictures made and kept."""
         pictures = [end.picture for end in ended if end.picture is not None]
-        finished = self.writer.finish(shard.stem, pictures) if pictures else []
-        stored = {picture.position: picture for picture in finished}
+        finished = self.writer.finish(shard.stem, pictures) if pictures else StoredShard([], {})
+        stored = {picture.position: picture for picture in finished.pictures}
         rows = []
         for position, row in enumerate(end.row for end in ended):
             picture = stored.get(position)
-            if picture is not None and row["status"] == "committed":
+            if picture is not None:  # also one that failed here, and that another writer's object holds
                 row = row | {"path": picture.path, "bytes": picture.bytes, "sha256": picture.sha256}
+                row |= {"status": "committed", "error": None}
             elif row["status"] == "committed":
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
             rows.append(row)
         key = metadata_key(shard.stem)
-        metadata = encode_metadata(rows, self._kept)
+        metadata = encode_metadata(rows, self._kept, finished.objects)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
         return self._put_record(shard, metadata, seconds, writer)

@@ -9,6 +9,7 @@ from sdbatch.ledger.commits import (
     put_totals,
     read_collected,
     read_totals,
+    renew_totals,
 )
 from sdbatch.ledger.lease import hold_lease
 from sdbatch.ledger.plan import (
@@ -66,6 +67,7 @@ __all__ = [
     "read_status",
     "read_totals",
     "refuse_changes",
+    "renew_totals",
     "shard_stem",
     "verify",
     "write_job",

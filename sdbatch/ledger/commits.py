@@ -29,8 +29,10 @@ from sdbatch.storage import Store
 
 _SINGLE = "_sdbatch/commits/"
 _COLLECTED = "_sdbatch/committed/"
-_TOTALS = f"{_COLLECTED}totals.json"
+TOTALS_KEY = f"{_COLLECTED}totals.json"
 _READERS = 16
+#: Whatever a record says can be found again from the metadata of its shard.
+_REMEDY = "remove it and run the job again, which makes nothing that is there"
 
 
 @dataclass(frozen=True)
@@ -164,46 +166,61 @@ def collect(store: Store, number: int, edition: int, shards: Collection[int]) ->
         else:
             buffer = io.BytesIO()
             table = pa.table({"shard": list(shards), "record": texts})
-            pq.write_table(table, buffer, compression="zstd")
+            pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
             store.put_if_absent(key, buffer.getvalue())
         list(pool.map(store.delete, singles))
 
 
 def read_collected(store: Store, number: int, edition: int) -> list[CommitRecord]:
     key = _collected_key(number, edition)
+    data = store.get(key)
     try:
-        texts = pq.read_table(io.BytesIO(store.get(key)), columns=["record"]).column("record").to_pylist()
-    except pa.ArrowException as error:
-        raise StorageError(f"{store.uri}/{key} is damaged: {error}") from None
+        table = pq.read_table(io.BytesIO(data), columns=["record"], page_checksum_verification=True)
+        texts = table.column("record").to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"{store.uri}/{key} is damaged: {' '.join(str(error).split())}; {_REMEDY}") from None
     return [_parse(text, key) for text in texts]
 
 
 def read_totals(store: Store) -> Totals:
     """Sums over all records: the stored sums, collections that these don't know yet, single records."""
-    totals, known = _stored_totals(store)  # before the listing, which then has all that they know
+    stored = _stored_totals(store)  # before the listing, which then has all that they know
     commits = Commits(store)
-    for number, edition in sorted(commits.collected - known):
-        totals = totals.plus(read_collected(store, number, edition))
-    return totals.plus(commits.uncollected())
+    return _sums_of_collections(store, commits, stored).plus(commits.uncollected())
 
 
 def put_totals(store: Store) -> None:
     """Bring the stored sums up to date. They are a shortcut: stale ones cost time, never truth."""
-    totals, known = _stored_totals(store)
+    stored = _stored_totals(store)
     commits = Commits(store)
-    for number, edition in sorted(commits.collected - known):
-        totals = totals.plus(read_collected(store, number, edition))
-    slices = [list(one) for one in sorted(commits.collected | known)]
-    store.put(_TOTALS, json.dumps({"slices": slices, **asdict(totals)}).encode())
+    totals, slices = _sums_of_collections(store, commits, stored), [list(one) for one in sorted(commits.collected)]
+    store.put(TOTALS_KEY, json.dumps({"slices": slices, **asdict(totals)}).encode())
+
+
+def renew_totals(store: Store) -> None:
+    """Sum up all collections anew."""
+    store.delete(TOTALS_KEY)
+    put_totals(store)
 
 
 def _stored_totals(store: Store) -> tuple[Totals, set[tuple[int, int]]]:
     try:
-        content: dict[str, Any] = json.loads(store.get(_TOTALS))
+        content: dict[str, Any] = json.loads(store.get(TOTALS_KEY))
         slices = {(int(number), int(edition)) for number, edition in content.pop("slices")}
         return Totals(**content), slices
     except (ObjectNotFound, ValueError, TypeError, KeyError):
         return Totals(), set()
+
+
+def _sums_of_collections(store: Store, commits: Commits, stored: tuple[Totals, set[tuple[int, int]]]) -> Totals:
+    """The ``stored`` sums, which were read before the listing ``commits``, and what has been collected since.
+
+    Sums that know of a collection that is not there are no good: somebody has removed it.
+    """
+    totals, known = stored if stored[1] <= commits.collected else (Totals(), set())
+    for number, edition in sorted(commits.collected - known):
+        totals = totals.plus(read_collected(store, number, edition))
+    return totals
 
 
 def _collected_key(number: int, edition: int) -> str:
@@ -219,4 +236,4 @@ def _parse(data: bytes | str, key: str) -> CommitRecord:
         content: Mapping[str, Any] = json.loads(data)
         return CommitRecord(**content)
     except (ValueError, TypeError) as error:
-        raise StorageError(f"commit record {key} is damaged: {error}") from None
+        raise StorageError(f"commit record {key} is damaged: {error}; {_REMEDY}") from None

@@ -31,6 +31,9 @@ _KEPT = 2  # leases that stay when a new one is taken; older ones are history
 BEAT = 5.0
 DEAD = 20.0
 
+#: Tokens of the leases that this process holds: one that could not say that it ended, on a full disk, did end.
+_held: set[str] = set()
+
 
 @contextmanager
 def hold_lease(
@@ -44,18 +47,23 @@ def hold_lease(
     if number and not _is_over(store, number, on_wait, dead):
         raise OutputError(f"{_in_use(store, number)}; wait for it, or stop it")
     number += 1
-    mine = {"token": uuid.uuid4().hex, "host": platform.node(), "boot": _boot(), "pid": os.getpid(), "since": _since()}
-    if not store.put_if_absent(_key(number), json.dumps(mine).encode()):
-        raise OutputError(f"{_in_use(store, number)}; it was a moment faster")
-    for old in range(max(number - 2 * _KEPT, 1), number - _KEPT + 1):
-        store.delete(_beat_key(old))
-        store.delete(_key(old))
-    heart = _Heart(store, number, beat)
-    heart.start()
+    token = uuid.uuid4().hex
+    mine = {"token": token, "host": platform.node(), "boot": _boot(), "pid": os.getpid(), "since": _since()}
+    _held.add(token)
     try:
-        yield heart.check
+        if not store.put_if_absent(_key(number), json.dumps(mine).encode()):
+            raise OutputError(f"{_in_use(store, number)}; it was a moment faster")
+        for old in range(max(number - 2 * _KEPT, 1), number - _KEPT + 1):
+            store.delete(_beat_key(old))
+            store.delete(_key(old))
+        heart = _Heart(store, number, beat)
+        heart.start()
+        try:
+            yield heart.check
+        finally:
+            heart.stop()
     finally:
-        heart.stop()
+        _held.discard(token)
 
 
 class _Heart(threading.Thread):
@@ -120,6 +128,8 @@ def _is_dead_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool:
+    if holder.get("pid") == os.getpid() and holder.get("token") not in _held:
+        return False
     return holder.get("boot") == _boot() != "" and _since(holder.get("pid")) == holder.get("since") is not None
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from sdbatch.errors import ObjectNotFound, OutputError, PlanChanged
+from sdbatch.errors import ObjectNotFound, OutputError, PlanChanged, StorageError
 from sdbatch.spec import Model
 from sdbatch.storage import Store
 
@@ -235,12 +235,17 @@ def _key(fingerprint: str, name: str) -> str:
 
 def _write(store: Store, fingerprint: str, name: str, table: pa.Table) -> None:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     store.put(_key(fingerprint, name), buffer.getvalue())
 
 
 def _read(store: Store, fingerprint: str, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.get(_key(fingerprint, name))))
+    key = _key(fingerprint, name)
+    try:
+        return pq.read_table(io.BytesIO(store.get(key)), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        told = " ".join(str(error).split())
+        raise StorageError(f"{store.uri}/{key} is damaged: {told}; put it back, or start in a new output") from None
 
 
 def write_slice(store: Store, fingerprint: str, number: int, requests: pa.Table) -> None:

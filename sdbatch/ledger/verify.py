@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.ledger.commits import CommitRecord, Commits
-from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice
+from sdbatch.ledger.commits import TOTALS_KEY, CommitRecord, Commits, read_totals
+from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice, shard_stem
+from sdbatch.ledger.rounds import newest_round
 from sdbatch.storage import Entry, Store
 
-Read = Callable[[Store, Iterable[str]], dict[str, bytes]]
+#: Pictures by their paths, and the sha256 of each object that holds several, by its key.
+Read = Callable[[Store, Iterable[str]], tuple[dict[str, bytes], dict[str, str]]]
 #: Can a picture's bytes be opened and drawn?
 Opens = Callable[[bytes], bool]
 Progress = Callable[[int, int], None]
@@ -34,7 +37,7 @@ _CHECKERS = 8
 
 @dataclass
 class Verdict:
-    """What :func:`verify` found. Lists hold image ids, or keys of objects for ``extra``."""
+    """What :func:`verify` found. Lists hold image ids; ``leftover`` and ``extra`` hold keys of objects."""
 
     planned: int = 0
     committed: int = 0
@@ -43,11 +46,14 @@ class Verdict:
     missing: list[str] = field(default_factory=list)  # planned, but neither made nor quarantined
     doubled: list[str] = field(default_factory=list)  # recorded more than once, or not planned at all
     altered: list[str] = field(default_factory=list)  # stored bytes that are not those recorded, or no picture
-    extra: list[str] = field(default_factory=list)  # objects under data/ and metadata/ that no record names
+    leftover: list[str] = field(default_factory=list)  # objects of shards that are done, which no record names
+    extra: list[str] = field(default_factory=list)  # all others that are under data/ and metadata/
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.doubled or self.altered) and self.planned == self.committed + self.quarantined
+        """What is left over is not: whoever reads the folders finds its pictures twice."""
+        wrong = self.missing or self.doubled or self.altered or self.leftover
+        return not wrong and self.planned == self.committed + self.quarantined
 
 
 @dataclass(frozen=True)
@@ -64,34 +70,70 @@ class Findings:
     altered: tuple[str, ...] = ()
     keys: frozenset[str] = frozenset()
     damaged: tuple[int, ...] = ()  # positions whose pictures are missing or altered
+    leftover: tuple[str, ...] = ()  # see Verdict; told only where all shards are read
+    extra: tuple[str, ...] = ()
+
+    @property
+    def sound(self) -> bool:
+        """Is all of it as it was recorded? Of what is not, ``damaged`` may be none: of a record, say."""
+        return not (self.missing or self.doubled or self.altered)
 
 
-def verify(store: Store, read_pictures: Read, opens: Opens, progress: Progress, sample: float = 1.0) -> Verdict:
-    """Read what the ledger names and compare; of a ``sample`` that fraction of the shards.
-
-    ``read_pictures`` finds pictures by their paths.
-    """
+def verify(store: Store, read: Read, opens: Opens, progress: Progress, sample: float = 1.0) -> Verdict:
+    """Read what the ledger names and compare; of a ``sample`` that fraction of the shards."""
     job = read_job(store)
     verdict = Verdict(planned=job.planned)
-    listings = [_Listing(store.list(prefix)) for prefix in ("data/", "metadata/")]
-    for done, found in enumerate(examine(store, job, read_pictures, opens, sample), 1):
+    for done, found in enumerate(examine(store, job, read, opens, sample), 1):
         verdict.committed += found.committed
         verdict.quarantined += found.quarantined
         verdict.checked += found.committed + found.quarantined if found.read else 0
         verdict.missing += found.missing
         verdict.doubled += found.doubled
         verdict.altered += found.altered
-        if sample == 1.0:  # what no record names can be told only where all records are read
-            stored = (key for listing in listings for key in listing.up_to(found.shard.number))
-            verdict.extra += [key for key in stored if key not in found.keys]
+        verdict.leftover += found.leftover
+        verdict.extra += found.extra
         progress(done, job.shards)
-    if sample == 1.0:
-        verdict.extra += [key for listing in listings for key in listing.up_to(None)]
+    if sample == 1.0 and verdict.ok:
+        _compare_totals(store, job, verdict)
     return verdict
 
 
-def examine(store: Store, job: Job, read_pictures: Read, opens: Opens, sample: float = 1.0) -> Iterator[Findings]:
+def _compare_totals(store: Store, job: Job, verdict: Verdict) -> None:
+    """Raise StorageError if a status of this sound output would not say so."""
+    again, totals = newest_round(store), read_totals(store)
+    told = totals.shards, totals.committed, totals.quarantined
+    in_work = again is not None and not again.finished(Commits(store))
+    if not in_work and told != (job.shards, verdict.committed, verdict.quarantined):
+        raise StorageError(f"{store.uri}/{TOTALS_KEY} is damaged: it does not agree with the commit records; remove it")
+
+
+def examine(store: Store, job: Job, read: Read, opens: Opens, sample: float = 1.0) -> Iterator[Findings]:
     """What is stored of every shard of the job, in their order."""
+    found = _examine_all(store, job, read, opens, sample)
+    if sample < 1.0:  # what no record names can be told only where all records are read
+        yield from found
+        return
+    again, listings = newest_round(store), [_Listing(store.list(prefix)) for prefix in ("data/", "metadata/")]
+    for one in found:
+        number = one.shard.number
+        whole = number == job.shards - 1
+        stored = (key for listing in listings for key in listing.up_to(None if whole else number))
+        unnamed = [key for key in stored if key not in one.keys]
+        stems = set[str]()
+        if one.record is not None and one.sound:  # else pictures may be unnamed because their names were lost
+            stems = {_stem(key) for key in unnamed if re.fullmatch(rf"{number:07d}(r\d+)?", _stem(key))}
+            if again is not None and number in again.shards and one.record.edition < again.edition:
+                stems -= {shard_stem(number, again.edition)}  # it is in work
+        leftover = tuple(key for key in unnamed if _stem(key) in stems)
+        yield replace(one, leftover=leftover, extra=tuple(key for key in unnamed if _stem(key) not in stems))
+
+
+def _stem(key: str) -> str:
+    """What the keys of a shard's objects have in common, if it is one of those."""
+    return key.partition("/")[2].partition("/")[0].partition(".")[0]
+
+
+def _examine_all(store: Store, job: Job, read: Read, opens: Opens, sample: float) -> Iterator[Findings]:
     commits = Commits(store)
     chance = random.Random(job.fingerprint)
     with ThreadPoolExecutor(_CHECKERS) as pool:
@@ -100,31 +142,31 @@ def examine(store: Store, job: Job, read_pictures: Read, opens: Opens, sample: f
             ids = read_slice(store, job, number).column("image_id")
 
             def check(
-                shard: Shard, read: bool, records: dict[int, CommitRecord] = records, ids: pa.ChunkedArray = ids
+                shard: Shard, chosen: bool, records: dict[int, CommitRecord] = records, ids: pa.ChunkedArray = ids
             ) -> Findings:
                 planned = ids.slice(shard.offset, shard.count).to_pylist()
                 if len(planned) != shard.count:
                     raise StorageError(f"plan slice {shard.slice} is damaged: shard {shard.number} is cut off")
                 record = records.get(shard.number)
                 if record is None:
-                    return Findings(shard, None, read, missing=tuple(planned))
-                if not read:
-                    return Findings(shard, record, read, record.committed, record.quarantined)
-                return _examine(store, job, shard, record, planned, read_pictures, opens)
+                    return Findings(shard, None, chosen, missing=tuple(planned))
+                if not chosen:
+                    return Findings(shard, record, chosen, record.committed, record.quarantined)
+                return _examine(store, job, shard, record, planned, read, opens)
 
             several = list(shards)
             yield from pool.map(check, several, [chance.random() < sample for _ in several])
 
 
 def _examine(
-    store: Store, job: Job, shard: Shard, record: CommitRecord, planned: list[str], read_pictures: Read, opens: Opens
+    store: Store, job: Job, shard: Shard, record: CommitRecord, planned: list[str], read: Read, opens: Opens
 ) -> Findings:
-    rows = _metadata(store, record)
+    rows, objects = _metadata(store, record)
     if rows is None or record.fingerprint != job.part_of_slice(shard.slice).fingerprint:
         everything = tuple(range(shard.count))
         keys = frozenset([record.metadata_key])
         return Findings(shard, record, altered=tuple(planned), keys=keys, damaged=everything)
-    pictures = read_pictures(store, [row["path"] for row in rows if row["status"] == "committed"])
+    pictures, sums = read(store, [row["path"] for row in rows if row["status"] == "committed"])
     missing, altered, damaged = [], [], []
     for position, row in enumerate(rows):
         if row["status"] != "committed":
@@ -139,6 +181,8 @@ def _examine(
         damaged.append(position)
     recorded = [row["image_id"] for row in rows]
     made = sum(row["status"] == "committed" for row in rows)
+    if not damaged and (not _counts(record, rows) or any(sums.get(key, sha256) != sha256 for key, sha256 in objects)):
+        altered = recorded  # what the record says, or what else lies beside the pictures
     return Findings(
         shard,
         record,
@@ -148,21 +192,29 @@ def _examine(
         doubled=tuple(sorted((Counter(recorded) - Counter(planned)).keys())),
         altered=tuple(altered),
         keys=frozenset([record.metadata_key, *(row["path"].partition("#")[0] for row in rows if row["path"])]),
-        damaged=tuple(damaged),
+        damaged=tuple(damaged if recorded == planned else range(shard.count)),
     )
 
 
-def _metadata(store: Store, record: CommitRecord) -> list[dict[str, Any]] | None:
-    """The metadata rows that the record vouches for; None if they are gone or other ones."""
+def _counts(record: CommitRecord, rows: list[dict[str, Any]]) -> bool:
+    """Does the record say what the metadata do?"""
+    failures = [{"image_id": row["image_id"], "error": row["error"]} for row in rows if row["status"] == "quarantined"]
+    made = [row["bytes"] for row in rows if row["status"] == "committed"]
+    told = record.committed, record.quarantined, record.bytes, record.failures
+    return told == (len(made), len(failures), sum(made), failures)
+
+
+def _metadata(store: Store, record: CommitRecord) -> tuple[list[dict[str, Any]] | None, Iterable[tuple[str, str]]]:
+    """The metadata rows that the record vouches for, None if they are gone or other ones; and each object that holds
+    several pictures, with its sha256."""
     try:
         data = store.get(record.metadata_key)
     except ObjectNotFound:
-        return None
+        return None, ()
     if hashlib.sha256(data).hexdigest() != record.metadata_sha256:
-        return None
-    columns = ["image_id", "status", "path", "bytes", "sha256"]
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=columns).to_pylist()
-    return rows
+        return None, ()
+    table = pq.read_table(io.BytesIO(data), columns=["image_id", "status", "path", "bytes", "sha256", "error"])
+    return table.to_pylist(), json.loads((table.schema.metadata or {}).get(b"sdbatch.objects", b"{}")).items()
 
 
 class _Listing:

@@ -2,13 +2,22 @@
 
 from sdbatch.outputs.encoding import encode, opens, parameters
 from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
-from sdbatch.outputs.shards import FORMATS, EncodedPicture, ShardWriter, StoredPicture, read_pictures
+from sdbatch.outputs.shards import (
+    FORMATS,
+    EncodedPicture,
+    ShardWriter,
+    StoredPicture,
+    StoredShard,
+    read_pictures,
+    read_stored,
+)
 
 __all__ = [
     "FORMATS",
     "EncodedPicture",
     "ShardWriter",
     "StoredPicture",
+    "StoredShard",
     "decode_metadata",
     "encode",
     "encode_metadata",
@@ -16,4 +25,5 @@ __all__ = [
     "opens",
     "parameters",
     "read_pictures",
+    "read_stored",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -55,9 +56,16 @@ def metadata_key(stem: str) -> str:
     return f"metadata/{stem}.parquet"
 
 
-def encode_metadata(rows: Iterable[Mapping[str, Any]], kept: Sequence[str]) -> bytes:
-    """The table as a Parquet file; kept columns follow ours, as text."""
+def encode_metadata(
+    rows: Iterable[Mapping[str, Any]], kept: Sequence[str], objects: Mapping[str, str] | None = None
+) -> bytes:
+    """The table as a Parquet file; kept columns follow ours, as text.
+
+    ``objects``, key → sha256 of what holds several pictures, goes into the file's own key-value metadata.
+    """
     schema = pa.schema([*COLUMNS, *((name, pa.string()) for name in kept)])
+    if objects:
+        schema = schema.with_metadata({"sdbatch.objects": json.dumps(dict(objects), sort_keys=True)})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), buffer, compression="zstd")
     return buffer.getvalue()

@@ -32,6 +32,8 @@ from sdbatch.storage import Store
 
 Row = Mapping[str, Any]
 
+#: What readers of tars and Parquet files raise where one is damaged.
+_DAMAGES = (tarfile.TarError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, EOFError)
 #: Pictures of a shard that are on their way to the store at once.
 _UPLOADS = 8
 
@@ -53,6 +55,14 @@ class StoredPicture:
     path: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard's pictures as they are stored, and the sha256 of each object that holds several, by its key."""
+
+    pictures: list[StoredPicture]
+    objects: dict[str, str]
 
 
 class ShardWriter(ABC):
@@ -78,7 +88,7 @@ class ShardWriter(ABC):
         """Take pictures of an earlier edition, which are safe there, into this one."""
 
     @abstractmethod
-    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> StoredShard:
         """Store the whole shard, all kept or carried over; returns what the store holds for it then."""
 
     @abstractmethod
@@ -110,8 +120,9 @@ class ImageFiles(ShardWriter):
     def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
         self.keep(stem, pictures, last=False)
 
-    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
-        return [_stored(picture.position, self._key(stem, picture), picture.data) for picture in pictures]
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> StoredShard:
+        stored = [_stored(picture.position, self._key(stem, picture), picture.data) for picture in pictures]
+        return StoredShard(stored, {})
 
     def forget(self, stem: str) -> None:
         pass
@@ -134,7 +145,7 @@ class _Container(ShardWriter):
         if last or not batch:
             return list(batch)
         key = f"_sdbatch/batches/{stem}/{batch[0].position:05d}.tar"
-        held = _write_once(self.store, key, self._tar(stem, batch), _tar_members)
+        held, _ = _write_once(self.store, key, self._tar(stem, batch), _tar_members)
         if held is None:
             return list(batch)
         stored = {_position(name): data for name, data in held.items() if name.endswith(f".{self.ending}")}
@@ -167,22 +178,23 @@ class _Container(ShardWriter):
 class WebDataset(_Container):
     """One tar a shard: ``data/SHARD.tar``."""
 
-    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> StoredShard:
         key = f"data/{stem}.tar"
-        held = _write_once(self.store, key, self._tar(stem, pictures), _tar_members)
+        held, sha256 = _write_once(self.store, key, self._tar(stem, pictures), _tar_members)
         if held is None:
             held = {f"{_member(stem, picture.position)}.{self.ending}": picture.data for picture in pictures}
-        return [
+        stored = [
             _stored(_position(name), f"{key}#{name}", data)
             for name, data in held.items()
             if name.endswith(f".{self.ending}")
         ]
+        return StoredShard(stored, {key: sha256})
 
 
 class ParquetFiles(_Container):
     """One Parquet file a shard, ``data/SHARD.parquet``: the picture's bytes in ``image``, then the metadata columns."""
 
-    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> list[StoredPicture]:
+    def finish(self, stem: str, pictures: Sequence[EncodedPicture]) -> StoredShard:
         key = f"data/{stem}.parquet"
         rows = [
             {
@@ -197,10 +209,11 @@ class ParquetFiles(_Container):
         compression = dict.fromkeys(schema.names, "zstd") | {"image.bytes": "none", "image.path": "zstd"}
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression=compression)
-        held = _write_once(self.store, key, buffer.getvalue(), _parquet_images)
+        held, sha256 = _write_once(self.store, key, buffer.getvalue(), _parquet_images)
         if held is None:
             held = {f"{_member(stem, picture.position)}.{self.ending}": picture.data for picture in pictures}
-        return [_stored(_position(name), f"{key}#{i}", data) for i, (name, data) in enumerate(held.items())]
+        stored = [_stored(_position(name), f"{key}#{i}", data) for i, (name, data) in enumerate(held.items())]
+        return StoredShard(stored, {key: sha256})
 
 
 FORMATS: dict[str, type[ShardWriter]] = {"images": ImageFiles, "webdataset": WebDataset, "parquet": ParquetFiles}
@@ -211,36 +224,47 @@ def read_pictures(store: Store, paths: Iterable[str]) -> dict[str, bytes]:
 
     A path whose picture is gone is left out; one whose object is damaged beyond reading has no bytes.
     """
+    return read_stored(store, paths)[0]
+
+
+def read_stored(store: Store, paths: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """As :func:`read_pictures`, and the sha256 of each object that holds several, by its key."""
     wanted: dict[str, list[str]] = {}
     for path in paths:
         key, _, inside = path.partition("#")
         wanted.setdefault(key, []).append(inside)
     found: dict[str, bytes] = {}
+    sums: dict[str, str] = {}
     for key, insides in wanted.items():
         try:
             data = store.get(key)
         except ObjectNotFound:
             continue
-        if insides == [""]:
+        if not insides[0]:
             found[key] = data
             continue
+        sums[key] = hashlib.sha256(data).hexdigest()
         try:
             held = (_tar_members if key.endswith(".tar") else _parquet_rows)(data)
-        except (tarfile.TarError, pa.ArrowException, KeyError):
+        except _DAMAGES:
             held = dict.fromkeys(insides, b"")
         found |= {f"{key}#{inside}": held[inside] for inside in insides if inside in held}
-    return found
+    return found, sums
 
 
 def _write_once(
     store: Store, key: str, data: bytes, read: Callable[[bytes], dict[str, bytes]]
-) -> dict[str, bytes] | None:
-    """Store the object unless one is there. None: it is stored as given; else what the one that is there holds."""
+) -> tuple[dict[str, bytes] | None, str]:
+    """Store the object unless one is there. None: it is stored as given; else what the one that is there holds.
+
+    With it the sha256 of the object that is there.
+    """
     if store.put_if_absent(key, data):
-        return None
+        return None, hashlib.sha256(data).hexdigest()
+    there = store.get(key)
     try:
-        return read(store.get(key))
-    except (tarfile.TarError, pa.ArrowException, KeyError):
+        return read(there), hashlib.sha256(there).hexdigest()
+    except _DAMAGES:
         raise StorageError(f"{store.uri}/{key} is in the way and is no shard; remove it") from None
 
 

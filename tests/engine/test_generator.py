@@ -16,7 +16,7 @@ from sdbatch.engine.models import find_model
 from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Part, Shard, Shards, verify, write_job, write_slice
-from sdbatch.outputs import EncodedPicture, decode_metadata, opens, read_pictures
+from sdbatch.outputs import EncodedPicture, decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import Picture, parse_spec
 from sdbatch.storage import LocalStore
@@ -137,7 +137,7 @@ def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, p
     receipt = planned.generator().run_shard(planned.shard)
     assert (receipt.committed, receipt.batches) == (7, 2)
     assert planned.sums() == peaceful
-    assert verify(planned.store, read_pictures, opens, lambda done, total: None).ok
+    assert verify(planned.store, read_stored, opens, lambda done, total: None).ok
     assert list(planned.store.list("_sdbatch/batches/")) == []
 
 

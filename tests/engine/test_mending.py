@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -78,6 +80,25 @@ def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
     told = sdbatch.json("repair", "out", code=3)
     assert (told["state"], told["committed"]) == ("complete", 11)
     assert sdbatch.json("verify", "out")["ok"]
+    assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
+
+    # A picture twice over, by a writer who lived on; a record that counts wrongly; something of the user's own.
+    store.put("metadata/0000000r9.parquet", store.get(next(iter(store.list("metadata/"))).key))
+    key = "_sdbatch/committed/00000r2.parquet"
+    table = pq.read_table(io.BytesIO(store.get(key)))
+    records = [json.loads(text) for text in table.column("record").to_pylist()]
+    records[1]["bytes"] += 1
+    buffer = io.BytesIO()
+    pq.write_table(table.set_column(1, "record", [[json.dumps(record) for record in records]]), buffer)
+    store.put(key, buffer.getvalue())
+    store.put("data/notes.txt", b"mine")
+    verdict = sdbatch.json("verify", "out", code=1)
+    assert verdict["leftover"] == ["metadata/0000000r9.parquet"]
+    assert verdict["altered"]
+    told = sdbatch.json("repair", "out", code=3)
+    assert (told["state"], told["committed"], told["batches"]) == ("complete", 11, 0)  # nothing had to be computed
+    verdict = sdbatch.json("verify", "out")
+    assert (verdict["ok"], verdict["extra"]) == (True, ["data/notes.txt"])
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.ledger import Job, Part, Shard, Shards, Verdict, part_fingerprint, verify, write_job, write_slice
-from sdbatch.outputs import EncodedPicture, encode, opens, read_pictures
+from sdbatch.outputs import EncodedPicture, encode, opens, read_stored
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, from_table, requests_of_slice, to_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import Store
@@ -72,4 +72,4 @@ class Planned:
         self.committer.commit(shard, self.keep(shard, self.ended(shard, colour, failing)), {"model": 1.0}, "w")
 
     def verdict(self, **options: Any) -> Verdict:
-        return verify(self.store, read_pictures, opens, lambda done, total: None, **options)
+        return verify(self.store, read_stored, opens, lambda done, total: None, **options)

@@ -149,9 +149,9 @@ def test_a_sample_reads_a_part_and_says_so(planned: Planned) -> None:
 
 def test_a_picture_that_cannot_be_opened_is_altered_whatever_its_checksum_says(planned: Planned) -> None:
     from sdbatch.ledger import verify
-    from sdbatch.outputs import read_pictures
+    from sdbatch.outputs import read_stored
 
     for number in range(8):
         planned.commit(number)
-    verdict = verify(planned.store, read_pictures, lambda data: False, lambda done, total: None)
+    verdict = verify(planned.store, read_stored, lambda data: False, lambda done, total: None)
     assert len(verdict.altered) == 18

@@ -53,6 +53,15 @@ def test_a_second_driver_is_refused_by_name_until_the_first_has_ended(tmp_path: 
         pass
 
 
+def test_a_driver_that_could_not_say_that_it_ended_keeps_its_own_process_from_nothing(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with hold(store):
+        pass
+    store.put("_sdbatch/lease/0000001.beat.json", b'{"beat": 3}')  # as on a full disk
+    with hold(store, dead=3600):
+        pass
+
+
 def test_a_killed_driver_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -63,7 +63,8 @@ def test_verify_names_what_is_missing_altered_and_extra(planned: Planned) -> Non
     assert not verdict.ok
     assert verdict.missing == ["00000003-0"]  # its shard has no record
     assert verdict.altered == ["00000000-0"]
-    assert verdict.extra == ["data/0000001/00009-stray.png", "data/stray.png"]
+    assert verdict.leftover == ["data/0000001/00009-stray.png"]
+    assert verdict.extra == ["data/stray.png"]
 
 
 def test_verify_notices_a_deleted_object_and_changed_metadata(planned: Planned) -> None:

@@ -64,7 +64,7 @@ def write(writer: ShardWriter, stem: str, pictures: list[EncodedPicture]) -> lis
     """A shard of two batches, from the first picture to the whole."""
     batches = [pictures[:2], pictures[2:]]
     kept = [item for batch in batches for item in writer.keep(stem, batch, last=False)]
-    stored = writer.finish(stem, kept)
+    stored = writer.finish(stem, kept).pictures
     writer.forget(stem)
     return stored
 

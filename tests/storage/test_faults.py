@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import boto3
 import pytest
 
-from sdbatch.errors import ObjectNotFound, StorageError
+from sdbatch.errors import Interrupted, ObjectNotFound, StorageError
 from sdbatch.storage import S3Store, patience
 from sdbatch.storage import s3 as s3_module
 from tests.fault_proxy import RESETS, FaultProxy
@@ -104,6 +105,24 @@ def test_a_server_that_stays_away_is_named(proxy: FaultProxy, store_by: Reach, m
     proxy.outage(600)
     with pytest.raises(StorageError, match="some/x: the store can't be reached: Could not connect"):
         store.put("x", b"")
+
+
+def test_a_signal_is_no_fault_of_the_store(proxy: FaultProxy, store_by: Reach) -> None:
+    """boto3 takes whatever is raised while it waits for a failed connection, which would be tried again."""
+    store = store_by(proxy)
+    store.put("x", b"here")
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        proxy.outage(3, hang=True)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Interrupted):
+            store.get("x")
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_refusals_that_pass_are_waited_out(proxy: FaultProxy, store_by: Reach) -> None:

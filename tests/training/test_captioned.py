@@ -158,7 +158,7 @@ def output(folder: Path, form: str) -> Path:
     batch = [
         EncodedPicture(i, row, plain(colour)) for i, (row, colour) in enumerate(zip(rows, (RED, BLUE), strict=True))
     ]
-    stored = writer.finish("0000000", writer.keep("0000000", batch, last=True))
+    stored = writer.finish("0000000", writer.keep("0000000", batch, last=True)).pictures
     made = [row | {"path": s.path, "status": "committed"} for row, s in zip(rows, stored, strict=True)]
     lost = blank | {"image_id": "i2", "prompt": "lost", "status": "quarantined"}
     fill(folder, {"metadata/0000000.parquet": encode_metadata([*made, lost], [])})
