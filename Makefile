@@ -3,16 +3,21 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Debian packages that tests look at results with.
+SYSTEM_PACKAGES := libimage-exiftool-perl
 
-.PHONY: demo test lint format docs chaos bench clean
+.PHONY: demo test system-packages lint format docs chaos bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/sdbatch run jobs/demo.yaml
 	$(BIN)/sdbatch verify out/demo
 	$(BIN)/sdbatch gallery out/demo
 
-test: $(VENV)/.developer
+test: $(VENV)/.developer system-packages
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+system-packages:
+	@sh tests/system-packages.sh $(SYSTEM_PACKAGES)
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ COMMANDS = (
     "validate",
     "plan",
     "run",
+    "submit",
+    "schedule",
+    "doctor",
     "status",
     "verify",
     "errors",
@@ -109,7 +115,7 @@ def test_a_signal_ends_with_130_wherever_it_strikes(
 ) -> None:
     """Within its own calls Ray passes on what a signal raises as the cause of a SystemError."""
 
-    def strike(path: Path, overrides: object) -> None:
+    def strike(*arguments: object) -> None:
         try:
             raise Interrupted("stopped by a signal")
         except Interrupted as signal:
@@ -120,3 +126,12 @@ def test_a_signal_ends_with_130_wherever_it_strikes(
     monkeypatch.setattr("sdbatch.cli.jobs.load_spec", strike)
     assert cli.call(["run", "job.yaml"]) == 130
     assert "stopped by a signal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shell", "variable"), [("bash", "COMP_WORDS"), ("zsh", "_TYPER_COMPLETE_ARGS")])
+def test_shells_complete_commands_and_options(shell: str, variable: str) -> None:
+    """What the scripts of --install-completion run at every press of the tab key."""
+    for typed, cword, expected in (("sdbatch sche", "1", "schedule"), ("sdbatch run --ext", "2", "--extend")):
+        env = {**os.environ, "_SDBATCH_COMPLETE": f"complete_{shell}", variable: typed, "COMP_CWORD": cword}
+        told = subprocess.run([sys.executable, "-m", "sdbatch"], env=env, capture_output=True, text=True, check=True)
+        assert expected in told.stdout

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import bench, evaluation, jobs, models, results, training
+from sdbatch.cli import bench, clusters, evaluation, jobs, models, results, training
 from sdbatch.cli.console import people, plain, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -28,6 +28,9 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     jobs.validate,
     jobs.plan,
     jobs.run,
+    clusters.submit,
+    clusters.schedule,
+    clusters.doctor,
     results.status,
     results.verify,
     results.errors,

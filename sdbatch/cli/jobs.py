@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,16 +20,20 @@ if TYPE_CHECKING:
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job spec.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: generate.seed=7.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Date = Annotated[
+    datetime.datetime | None,
+    typer.Option(formats=["%Y-%m-%d"], help="Fill in {date} and its like as of this day; today in UTC when left out."),
+]
 Extend = Annotated[
     bool, typer.Option("--extend", help="Also plan the rows that were added to the end of the input since.")
 ]
 
 
-def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def validate(job: Job, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
     """Check a job spec, its input, model and output, and say every mistake."""
     from sdbatch.engine.planner import prepare  # Ray and torch take seconds to import: only where they are needed
 
-    spec = load_spec(job, set_)
+    spec = load_spec(job, set_, date and date.date())
     prepared = prepare(spec)
     size = sum(file.bytes for file in prepared.table.files)
     if as_json:
@@ -44,11 +49,11 @@ def validate(job: Job, set_: Set = [], as_json: Json = False) -> None:  # noqa: 
     )
 
 
-def plan(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
+def plan(job: Job, set_: Set = [], date: Date = None, extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
     """Plan a job without making anything: count its images, shards and batches."""
     from sdbatch.engine import runner
 
-    spec = load_spec(job, set_)
+    spec = load_spec(job, set_, date and date.date())
     with watching() as watch:
         found = runner.plan(spec, watch, extend=extend)
     planned, size = found.job, found.job.spec["resources"]["batch_size"]
@@ -94,11 +99,11 @@ def _tell_added(added: int) -> None:
     tell(f"{added:,} images were added to the plan" if added else "the input has no new rows: nothing was added")
 
 
-def run(job: Job, set_: Set = [], extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
+def run(job: Job, set_: Set = [], date: Date = None, extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
     """Run a job; the same command goes on where a stopped run ended."""
     from sdbatch.engine import runner
 
-    spec = load_spec(job, set_)
+    spec = load_spec(job, set_, date and date.date())
     with watching() as watch:
         outcome = runner.run(spec, watch, extend=extend)
     if extend and not as_json:

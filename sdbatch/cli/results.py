@@ -77,7 +77,7 @@ def verify(
             tell(f"  mended by: sdbatch repair {escape(store.uri)}")
         if made_again is not None:
             mark = "[red]✗[/]" if made_again.different else "[green]✓[/]"
-            tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same bytes")
+            tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same {made_again.by}")
             if made_again.different:
                 tell(f"  [red]{len(made_again.different):,} differ[/]: {_several(made_again.different)}")
     if not ok:

@@ -31,7 +31,7 @@ from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts
-from sdbatch.outputs import EncodedPicture, encode
+from sdbatch.outputs import EncodedPicture, Signer, encode, pixels_sum
 from sdbatch.prompts import ImageRequest, from_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import open_store
@@ -96,6 +96,8 @@ class Generator:
             raise ModelError(
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
             )
+        credentials = self.spec.output.c2pa
+        self._signer = None if credentials is None else Signer(credentials, __version__)
         self.environment = {"sdbatch": __version__, "pillow": PIL.__version__, **self.model.environment}
         self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
         return self.environment
@@ -161,7 +163,7 @@ class Generator:
     def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
         """Make some of a shard's pictures again, each in its slot, and store nothing: sha256 by position.
 
-        None for a request that fails.
+        Of a signed picture that of its pixels: no two signatures are alike. None for a request that fails.
         """
         requests, size = self._requests(shard), self.spec.resources.at_once
         sums: dict[int, str | None] = {}
@@ -173,7 +175,9 @@ class Generator:
                 if not isinstance(result, Refused):
                     pixels, truncated = result
                     row = metadata_row(self.job, shard.number, requests[position], truncated=truncated)
-                    sums[position] = hashlib.sha256(encode(pixels, self.spec.output.image, row)).hexdigest()
+                    data = self._encoded(pixels, shard, row)
+                    signed = self.spec.output.c2pa is not None
+                    sums[position] = pixels_sum(data) if signed else hashlib.sha256(data).hexdigest()
         return sums
 
     # -- one batch ---------------------------------------------------------------------------------------
@@ -275,6 +279,10 @@ class Generator:
 
     # -- after the model ---------------------------------------------------------------------------------
 
+    def _encoded(self, pixels: np.ndarray, shard: Shard, row: dict[str, Any]) -> bytes:
+        """The picture's bytes, unsigned. They tell the fingerprint of its part of the plan: no extension changes it."""
+        return encode(pixels, self.spec.output.image, row, self.job.part_of_slice(shard.slice).fingerprint)
+
     def _finish(
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool
     ) -> dict[int, Ended]:
@@ -288,7 +296,10 @@ class Generator:
             pixels, truncated = result
             row = metadata_row(self.job, shard.number, request, truncated=truncated)
             try:
-                pictures.append(EncodedPicture(position, row, encode(pixels, self.spec.output.image, row)))
+                data = self._encoded(pixels, shard, row)
+                if self._signer is not None:
+                    data = self._signer.signed(data, self.spec.output.image.type, row)
+                pictures.append(EncodedPicture(position, row, data))
             except (OSError, ValueError) as error:  # too large for its format, say
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
                 row = metadata_row(self.job, shard.number, request, error=told)

@@ -32,6 +32,7 @@ _CHANGEABLE = (
     "resources.",
     "failures.",
     "output.image.",
+    "output.c2pa.",
     "generate.eta",
     "generate.guidance_rescale",
     "generate.guidance_interval",

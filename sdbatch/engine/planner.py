@@ -31,6 +31,7 @@ from sdbatch.ledger import (
     write_job,
     write_slice_rows,
 )
+from sdbatch.outputs import Signer
 from sdbatch.prompts import (
     OddSize,
     Table,
@@ -85,6 +86,8 @@ def prepare(spec: JobSpec) -> Prepared:
         raise UsageError(
             f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {model.most_clip_skip}"
         )
+    if spec.output.c2pa is not None:
+        Signer(spec.output.c2pa, __version__)
     table = find_table(spec.input)
     check_columns(spec, table)
     wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt.wildcards)

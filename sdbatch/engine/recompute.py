@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +14,17 @@ from sdbatch.engine.cluster import check_capacity, ray_session
 from sdbatch.engine.generator import Generator
 from sdbatch.engine.mending import prepared_again
 from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
-from sdbatch.outputs import decode_metadata
+from sdbatch.outputs import decode_metadata, pixels_sum, read_pictures
 from sdbatch.storage import Store
 
 
 @dataclass
 class Recomputed:
-    """How many images came out the same, and the ids of those that did not."""
+    """How many images came out the same, and the ids of those that did not. ``by``: bytes or pixels."""
 
     same: int = 0
     different: list[str] = field(default_factory=list)
+    by: str = "bytes"
 
 
 def recompute(store: Store, count: int, progress: Callable[[int, int], None]) -> Recomputed:
@@ -32,7 +34,8 @@ def recompute(store: Store, count: int, progress: Callable[[int, int], None]) ->
     """
     job = read_job(store)
     prepared = prepared_again(store, job, ())
-    found, asked = Recomputed(), 0
+    signed = prepared.spec.output.c2pa is not None
+    found, asked = Recomputed(by="pixels" if signed else "bytes"), 0
     with ray_session(prepared.spec.resources):
         check_capacity(prepared.spec.resources)
         resources = prepared.spec.resources
@@ -41,14 +44,25 @@ def recompute(store: Store, count: int, progress: Callable[[int, int], None]) ->
         ray.get(actor.load.remote())
         for shard, rows in _chosen(store, job, count):
             sums = ray.get(actor.checksums.remote(shard, list(rows)))
+            stored = _pixels(store, rows) if signed else {position: row["sha256"] for position, row in rows.items()}
             for position, row in rows.items():
-                if sums[position] == row["sha256"]:
+                if sums[position] == stored[position]:
                     found.same += 1
                 else:
                     found.different.append(row["image_id"])
             asked += len(rows)
             progress(asked, count)
         ray.kill(actor)
+    return found
+
+
+def _pixels(store: Store, rows: Mapping[int, dict[str, Any]]) -> dict[int, str]:
+    """sha256 of the pixels that are stored; nothing for a picture that is gone or none."""
+    pictures = read_pictures(store, [row["path"] for row in rows.values()])
+    found = dict.fromkeys(rows, "")
+    for position, row in rows.items():
+        with suppress(KeyError, OSError):
+            found[position] = pixels_sum(pictures[row["path"]])
     return found
 
 

@@ -28,7 +28,7 @@ from sdbatch.evaluation.sheet import draw_sheet
 from sdbatch.evaluation.tables import markdown
 from sdbatch.ledger import find_job, read_job, read_status
 from sdbatch.outputs import read_pictures
-from sdbatch.spec import JobSpec, load_spec
+from sdbatch.spec import JobSpec, literal, load_spec
 from sdbatch.storage import Store, open_store
 
 PROMPTS = "prompts.parquet"
@@ -93,7 +93,7 @@ def prepare(
 def _spec(model: str, store: Store, settings: Sequence[Setting], overrides: Sequence[str]) -> JobSpec:
     """The job for all settings at once; each setting is checked as a job spec of its own would be."""
     uris = {"model.uri": model, "input.uri": f"{store.uri}/{PROMPTS}", "output.uri": f"{store.uri}/pictures"}
-    common = [f"{field}={json.dumps(uri)}" for field, uri in uris.items()] + list(overrides)
+    common = [f"{field}={json.dumps(literal(uri))}" for field, uri in uris.items()] + list(overrides)
     for setting in settings:
         own = [f"generate.{field}={json.dumps(value)}" for field, value in asdict(setting).items()]
         load_spec(_TEMPLATE, [*common, *own])

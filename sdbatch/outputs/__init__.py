@@ -1,7 +1,9 @@
 """Picture files, the shards they are stored in, and the metadata table."""
 
-from sdbatch.outputs.encoding import encode, opens, parameters
+from sdbatch.outputs.credentials import Signer
+from sdbatch.outputs.encoding import encode, opens, pixels_sum
 from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
+from sdbatch.outputs.provenance import parameters
 from sdbatch.outputs.shards import (
     FORMATS,
     EncodedPicture,
@@ -16,6 +18,7 @@ __all__ = [
     "FORMATS",
     "EncodedPicture",
     "ShardWriter",
+    "Signer",
     "StoredPicture",
     "StoredShard",
     "decode_metadata",
@@ -24,6 +27,7 @@ __all__ = [
     "metadata_key",
     "opens",
     "parameters",
+    "pixels_sum",
     "read_pictures",
     "read_stored",
 ]

@@ -5,14 +5,16 @@ from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
 from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
 from sdbatch.spec.matrix import MATRIX_FIELDS, combinations, words_of
 from sdbatch.spec.model import LearntWord, Lora, Model
-from sdbatch.spec.output import Output, Picture
+from sdbatch.spec.output import Credentials, Output, Picture
 from sdbatch.spec.prompt import Prompt
 from sdbatch.spec.resources import Failures, Resources
+from sdbatch.spec.variables import literal, today
 
 __all__ = [
     "MAPPABLE",
     "MATRIX_FIELDS",
     "METADATA_COLUMNS",
+    "Credentials",
     "Failures",
     "Generate",
     "Input",
@@ -26,8 +28,10 @@ __all__ = [
     "Resources",
     "SamplerName",
     "combinations",
+    "literal",
     "load_spec",
     "overridden",
     "parse_spec",
+    "today",
     "words_of",
 ]

@@ -59,7 +59,7 @@ METADATA_COLUMNS = (
 class Input(Section):
     """The prompt table."""
 
-    uri: Uri = Field(description="A file, a folder or a glob; local or s3://")
+    uri: Uri = Field(description="A file, a folder or a glob; local or s3://; may hold variables")
     format: Literal["parquet", "csv", "tsv", "jsonl", "text"] | None = Field(
         None, description="Told by the file's ending when left out"
     )

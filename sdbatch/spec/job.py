@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdbatch.spec.plain_yaml import MOST_BYTES, read_yaml, told
 from sdbatch.spec.prompt import Prompt
 from sdbatch.spec.resources import Failures, Resources
 from sdbatch.spec.section import Section
+from sdbatch.spec.variables import filled_in, today
 from sdbatch.spec.words import MOST_SHOWN, plain, shown, suggest
 
 
@@ -79,13 +81,17 @@ class JobSpec(Section):
         del fields["name"], fields["failures"], fields["resources"]["actors"]
         del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
         del fields["prompt"]["wildcards"]  # what its files hold counts
+        if fields["output"].pop("c2pa") is not None:
+            fields["output"]["c2pa"] = True  # signed or not; certificates are renewed, keys lie where they lie
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
             del added["uri"]  # what lies there counts, by its checksum
         return fields
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+def load_spec(path: str | Path, overrides: Sequence[str] = (), date: datetime.date | None = None) -> JobSpec:
     """Read a job spec from a YAML file; each override is ``field.path=value``, the value in YAML.
+
+    Variables are filled in as of ``date``, today if there is none.
 
     Raises SpecError with every mistake at once.
     """
@@ -106,7 +112,14 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
         raise SpecError(str(path), [Problem("file", "should hold a mapping with name, input and output")])
     for override in overrides:
         _override(raw, override)
-    return parse_spec(raw, str(path))
+    raw, problems = filled_in(raw, date or today())
+    try:
+        spec = parse_spec(raw, str(path))
+    except SpecError as error:
+        raise SpecError(str(path), [*problems, *error.problems]) from None
+    if problems:
+        raise SpecError(str(path), problems)
+    return spec
 
 
 def overridden(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:

@@ -101,6 +101,10 @@ class LocalStore(Store):
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
+    def clock(self, key: str) -> float:
+        with self._reading(key) as path:
+            return path.stat().st_mtime
+
     def version(self, key: str) -> str:
         with self._reading(key) as path, path.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

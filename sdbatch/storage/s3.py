@@ -9,8 +9,10 @@ Whatever is put by ``put_if_absent`` goes up as one plain conditional PUT, howev
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -148,6 +150,10 @@ class S3Store(Store):
         except ObjectNotFound:
             return False
         return True
+
+    def clock(self, key: str) -> float:
+        told = self._head(key)["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        return parsedate_to_datetime(told).timestamp() if told else time.time()
 
     def version(self, key: str) -> str:
         return "etag:" + str(self._head(key)["ETag"]).strip('"')

@@ -60,6 +60,10 @@ class Store(ABC):
         """A word that changes when the object's bytes do."""
 
     @abstractmethod
+    def clock(self, key: str) -> float:
+        """The store's own time, in seconds since 1970, told when an object was put just now under that key."""
+
+    @abstractmethod
     def exists(self, key: str) -> bool:
         """Is there an object under this very key?"""
 

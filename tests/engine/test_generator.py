@@ -20,6 +20,7 @@ from sdbatch.outputs import EncodedPicture, decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import Picture, parse_spec
 from sdbatch.storage import LocalStore
+from tests.drawn import drawn
 
 
 class Planned:
@@ -87,7 +88,7 @@ def test_every_setting_of_generation_reaches_the_model(name: str, value: Any, tm
     one, other = Planned(tmp_path / "one", **base), Planned(tmp_path / "other", **{**base, name: value})
     for planned in (one, other):
         planned.generator().run_shard(planned.shard)
-    assert not set(one.sums()) & set(other.sums())
+    assert not set(drawn(one.store).values()) & set(drawn(other.store).values())
 
 
 def test_an_actor_that_finds_another_model_than_was_planned_with_refuses(tmp_path: Path) -> None:

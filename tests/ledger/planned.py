@@ -57,7 +57,9 @@ class Planned:
             picture = None
             if error is None:
                 pixels = np.full((8, 8, 3), colour + position, np.uint8)
-                picture = EncodedPicture(position, row, encode(pixels, self.spec.output.image, row))
+                picture = EncodedPicture(
+                    position, row, encode(pixels, self.spec.output.image, row, self.job.fingerprint)
+                )
             ended.append(Ended(row, picture))
         return ended
 
