@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from sdbatch.cli.console import facts, people, print_json, tell, watching
+from sdbatch.cli.preview import described, tell_requests
 from sdbatch.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ Date = Annotated[
 ]
 Extend = Annotated[
     bool, typer.Option("--extend", help="Also plan the rows that were added to the end of the input since.")
+]
+Show = Annotated[
+    int, typer.Option("--show", metavar="N", min=0, max=10_000, help="Also show the first N images, prompt by prompt.")
 ]
 
 
@@ -49,13 +53,20 @@ def validate(job: Job, set_: Set = [], date: Date = None, as_json: Json = False)
     )
 
 
-def plan(job: Job, set_: Set = [], date: Date = None, extend: Extend = False, as_json: Json = False) -> None:  # noqa: B006
+def plan(
+    job: Job,
+    set_: Set = [],  # noqa: B006
+    date: Date = None,
+    extend: Extend = False,
+    show: Show = 0,
+    as_json: Json = False,
+) -> None:
     """Plan a job without making anything: count its images, shards and batches."""
     from sdbatch.engine import runner
 
     spec = load_spec(job, set_, date and date.date())
     with watching() as watch:
-        found = runner.plan(spec, watch, extend=extend)
+        found = runner.plan(spec, watch, extend=extend, show=show)
     planned, size = found.job, found.job.spec["resources"]["batch_size"]
     makeable = found.shards.makeable()
     batches = int((-(-makeable.column("count") // size)).sum())
@@ -78,8 +89,10 @@ def plan(job: Job, set_: Set = [], date: Date = None, extend: Extend = False, as
         "output": spec.output.uri,
     }
     if as_json:
-        print_json(summary)
+        print_json(summary | ({"show": [described(request) for request in found.first]} if show else {}))
         return
+    if show:
+        tell_requests(found.first)
     tell(f"[bold]{spec.name}[/]: {planned.planned:,} images")
     if extend:
         _tell_added(found.added)

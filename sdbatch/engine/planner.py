@@ -33,15 +33,20 @@ from sdbatch.ledger import (
 )
 from sdbatch.outputs import Signer
 from sdbatch.prompts import (
+    ImageRequest,
     OddSize,
+    RowIds,
     Table,
     WildcardFiles,
     changed_files,
     check_prompts,
+    doubled_ids,
     find_table,
+    images_a_row,
     read_wildcards,
-    slice_rows,
+    requests_of_slice,
     unlike_growth,
+    usable_ids,
 )
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store, open_store
@@ -89,9 +94,9 @@ def prepare(spec: JobSpec) -> Prepared:
     if spec.output.c2pa is not None:
         Signer(spec.output.c2pa, __version__)
     table = find_table(spec.input)
-    check_columns(spec, table)
-    wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt.wildcards)
-    check_prompts(spec, wildcards.lines)
+    wanted = check_columns(spec, table)
+    wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt)
+    check_prompts(spec, wildcards.lines, wanted)
     store = open_output(spec)
     return Prepared(decided(spec, model.facts, find_job(store)), model, table, store, wildcards)
 
@@ -169,7 +174,25 @@ def extend_plan(prepared: Prepared, job: Job, on_rows: Callable[[int], None]) ->
 
 def _slices(prepared: Prepared, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
     """The table, slice by slice, those that are ``planned`` already with as many rows as then."""
-    return read_slices(prepared.spec, prepared.table, slice_rows(prepared.spec, prepared.wildcards.lines), planned)
+    images = images_a_row(prepared.spec, prepared.wildcards.lines)
+    return read_slices(prepared.spec, prepared.table, planned, images)
+
+
+def first_requests(prepared: Prepared, count: int) -> list[ImageRequest]:
+    """The first requests of the plan in the order of the table; what the plan holds lies shape by shape.
+
+    They are made anew from as many rows as that takes, for the plan is a pure function of them. Needs Ray.
+    """
+    source = prepared.spec.input
+    head = source.model_copy(update={"limit": min(count, source.limit or count)})
+    spec = prepared.spec.model_copy(update={"input": head})
+    rows = pa.concat_tables(read_slices(spec, prepared.table))
+    mapped, doubles = "id" in source.columns, dict[int, int]()
+    if mapped:  # the first row that has an id comes before the others that do
+        found = doubled_ids(usable_ids(rows.column("id"), 0))[1]
+        doubles = dict(zip(found.column("row").to_pylist(), found.column("first").to_pylist(), strict=True))
+    ids, facts = RowIds(mapped, doubles), prepared.model.facts
+    return list(islice(requests_of_slice(rows.to_pylist(), 0, spec, facts, ids, prepared.wildcards.lines), count))
 
 
 def _find_doubles(prepared: Prepared) -> Doubles:

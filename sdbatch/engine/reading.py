@@ -28,18 +28,20 @@ Row = dict[str, str | None]
 _BLOCK_BYTES = 8 << 20
 _TOO_LONG = f"a row has more than {_BLOCK_BYTES >> 20} MiB; shorten it, or close the quote it opens"
 _LINE = "line"
+_SLICE_IMAGES = 16 * SLICE_ROWS
 #: How much of a JSONL file is looked at to learn its columns.
 _HEAD_BYTES = 1 << 20
 
 
-def read_slices(spec: JobSpec, table: Table, size: int = SLICE_ROWS, planned: Sequence[int] = ()) -> Iterator[pa.Table]:
-    """The rows of the table in order: slices of as many rows as ``planned`` says, then of ``size``.
+def read_slices(spec: JobSpec, table: Table, planned: Sequence[int] = (), images_a_row: int = 1) -> Iterator[pa.Table]:
+    """The rows of the table in order: slices of as many rows as ``planned`` says, then of SLICE_ROWS.
 
-    Columns, all of text, have the spec's field names, ``keep:NAME`` for kept columns, ``word:NAME`` for those of the
-    template, and ``fault`` where a row is unreadable. The last slice may be shorter. Raises InputError for a file that
-    can't be read or lacks a column.
+    Of rows that make many images a slice has fewer, for whoever plans it holds them all. Columns, all of text, have the
+    spec's field names, ``keep:NAME`` for kept columns, ``word:NAME`` for those of the template, and ``fault`` where a
+    row is unreadable. The last slice may be shorter. Raises InputError for a file that can't be read or lacks a column.
     """
-    return _read(spec.input, table, check_columns(spec, table), chain(planned, repeat(size)))
+    rows = max(min(SLICE_ROWS, _SLICE_IMAGES // images_a_row), 1)
+    return _read(spec.input, table, check_columns(spec, table), chain(planned, repeat(rows)))
 
 
 def read_ids(source: Input, table: Table, rows: int) -> Iterator[pa.Table]:

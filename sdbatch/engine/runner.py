@@ -12,7 +12,7 @@ import numpy as np
 from sdbatch.engine.cluster import check_capacity, ray_session
 from sdbatch.engine.collector import Collector
 from sdbatch.engine.generator import Receipt
-from sdbatch.engine.planner import Prepared, extend_plan, find_plan, input_changed, make_plan, prepare
+from sdbatch.engine.planner import Prepared, extend_plan, find_plan, first_requests, input_changed, make_plan, prepare
 from sdbatch.engine.pool import Pool
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.errors import JobFailed
@@ -29,7 +29,7 @@ from sdbatch.ledger import (
     read_status,
     read_totals,
 )
-from sdbatch.prompts import from_table
+from sdbatch.prompts import ImageRequest, from_table
 from sdbatch.spec import JobSpec, overridden
 
 #: A job is never stopped for so few failures, whatever fraction they are.
@@ -75,21 +75,28 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan as it stands, and how many of its images were planned just now."""
+    """A plan as it stands, how many of its images were planned just now, and the first of them, if asked for."""
 
     job: Job
     shards: Shards
     added: int
+    first: list[ImageRequest]
 
 
-def plan(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Planned:
-    """Plan the job, or find the plan that stands; with ``extend`` plan the rows that the table has grown by."""
+def plan(spec: JobSpec, watch: Watch, *, extend: bool = False, show: int = 0) -> Planned:
+    """Plan the job, or find the plan that stands; with ``extend`` plan the rows that the table has grown by.
+
+    The first ``show`` requests, in the order of the table, are part of the result.
+    """
     prepared = prepare(spec)
     standing = job = find_plan(prepared, extend)
-    if job is None or (extend and input_changed(prepared, job)):
+    first = list[ImageRequest]()
+    if job is None or show or (extend and input_changed(prepared, job)):
         with ray_session(spec.resources):
-            job = _plan(prepared, job, watch)
-    return Planned(job, read_shards(prepared.store, job), _added(standing, job))
+            if job is None or (extend and input_changed(prepared, job)):
+                job = _plan(prepared, job, watch)
+            first = first_requests(prepared, show) if show else []
+    return Planned(job, read_shards(prepared.store, job), _added(standing, job), first)
 
 
 def _plan(prepared: Prepared, standing: Job | None, watch: Watch) -> Job:

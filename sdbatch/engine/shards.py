@@ -52,7 +52,6 @@ def metadata_row(
         "row_id": request.row_id,
         "shard": shard,
         "prompt": request.prompt,
-        "template": request.template,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         "width": request.width,
@@ -68,6 +67,7 @@ def metadata_row(
         "model_sha256": job.model_sha256,
         "status": "committed" if error is None else "quarantined",
         "error": error,
+        **({} if request.template is None else {"template": request.template}),
         **request.kept,
     }
 
@@ -85,7 +85,7 @@ class ShardCommitter:
 
     def __init__(self, store: Store, spec: JobSpec, job: Job, environment: dict[str, str]) -> None:
         self._store = store
-        self._kept = spec.kept
+        self._kept, self._templated = spec.kept, spec.prompt.templated
         self._job = job
         self._environment = environment
         self._rounds: dict[int, Round] = {}
@@ -141,7 +141,7 @@ class ShardCommitter:
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
             rows.append(row)
         key = metadata_key(shard.stem)
-        metadata = encode_metadata(rows, self._kept, finished.objects)
+        metadata = encode_metadata(rows, self._kept, templated=self._templated, objects=finished.objects)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
         return self._put_record(shard, metadata, seconds, writer)

@@ -61,14 +61,16 @@ def plan_slice(
     """Make the requests of slice ``number`` and store them. ``doubles`` are for RowIds."""
     spec = planning.spec
     ids = RowIds("id" in spec.input.columns, doubles)
-    requests = requests_of_slice(rows.to_pylist(), first_row, spec, planning.model.facts, ids, planning.wildcards)
+    found = requests_of_slice(rows.to_pylist(), first_row, spec, planning.model.facts, ids, planning.wildcards)
+    requests = list(found)
     odd = list(odd_sizes(requests, first_row))
     if spec.generate.long_prompts == "chunk":
         requests = _in_chunks(requests, planning)
     runs = cut(requests, spec.output.shard_size)
     if not odd:  # else no plan will come of it
         grouped = [request for run in runs for request in run.requests]
-        write_slice(open_store(planning.output), planning.fingerprint, number, to_table(grouped, spec.kept))
+        table = to_table(grouped, spec.kept, spec.prompt.templated)
+        write_slice(open_store(planning.output), planning.fingerprint, number, table)
     faults = [request.fault for request in requests if request.fault is not None]
     return PlannedSlice(
         rows=_slice_rows(rows),

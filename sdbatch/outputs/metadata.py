@@ -15,7 +15,6 @@ COLUMNS: list[tuple[str, pa.DataType]] = [
     ("row_id", pa.string()),
     ("shard", pa.int32()),
     ("prompt", pa.string()),
-    ("template", pa.string()),
     ("negative_prompt", pa.string()),
     ("seed", pa.int64()),
     ("width", pa.int32()),
@@ -36,6 +35,7 @@ COLUMNS: list[tuple[str, pa.DataType]] = [
     ("error", pa.string()),
 ]
 
+_TEMPLATE = ("template", pa.string())
 
 #: Columns that only storing a picture, or failing to make it, fills in.
 _OUTCOME = ("path", "bytes", "sha256", "status", "error")
@@ -57,13 +57,19 @@ def metadata_key(stem: str) -> str:
 
 
 def encode_metadata(
-    rows: Iterable[Mapping[str, Any]], kept: Sequence[str], objects: Mapping[str, str] | None = None
+    rows: Iterable[Mapping[str, Any]],
+    kept: Sequence[str],
+    *,
+    templated: bool = False,
+    objects: Mapping[str, str] | None = None,
 ) -> bytes:
     """The table as a Parquet file; kept columns follow ours, as text.
 
+    Templates have a column where there are any: an output that was begun before there were keeps its schema.
     ``objects``, key → sha256 of what holds several pictures, goes into the file's own key-value metadata.
     """
-    schema = pa.schema([*COLUMNS, *((name, pa.string()) for name in kept)])
+    template = [_TEMPLATE] if templated else []
+    schema = pa.schema([*COLUMNS, *template, *((name, pa.string()) for name in kept)])
     if objects:
         schema = schema.with_metadata({"sdbatch.objects": json.dumps(dict(objects), sort_keys=True)})
     buffer = io.BytesIO()

@@ -11,13 +11,12 @@ from sdbatch.prompts.plan import (
     odd_sizes,
     requests_of_slice,
     rows_sha256,
-    slice_rows,
     to_table,
     usable_ids,
 )
 from sdbatch.prompts.request import ImageRequest, ModelFacts, Shape, image_seed, requests_of_row
 from sdbatch.prompts.table import InputFile, Table, changed_files, find_table, unlike_growth
-from sdbatch.prompts.variants import check_prompts, template_columns
+from sdbatch.prompts.variants import check_prompts, images_a_row, template_columns
 from sdbatch.prompts.wildcards import WildcardFiles, read_wildcards
 
 __all__ = [
@@ -38,12 +37,12 @@ __all__ = [
     "find_table",
     "from_table",
     "image_seed",
+    "images_a_row",
     "odd_sizes",
     "read_wildcards",
     "requests_of_row",
     "requests_of_slice",
     "rows_sha256",
-    "slice_rows",
     "template_columns",
     "to_table",
     "unlike_growth",

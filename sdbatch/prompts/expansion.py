@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
+from types import MappingProxyType
 from typing import Any
 
 from sdbatch.prompts.template import Choice, Column, Option, Template, Wildcard
@@ -43,11 +45,20 @@ class Chance:
 
 @dataclass(frozen=True)
 class Words:
-    """What a template's names stand for: cells and matrix values by name, lines by wildcard."""
+    """What a template's names stand for: cells and matrix values by name, lines by wildcard.
+
+    What is found out of wildcards, whose lines name no cells, may be shared by the words of many rows.
+    """
 
     values: Mapping[str, str]
     wildcards: Wildcards = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # of wildcards, as they are found out
+    counts: dict[str, int] = field(default_factory=dict)  # of prompts, by wildcard
+    sums: dict[str, list[float]] = field(default_factory=dict)  # of the weights up to each line, by wildcard
+
+    @property
+    def of_files(self) -> Words:
+        """What there is for the lines of files."""
+        return Words({}, self.wildcards, self.counts, self.sums)
 
     def chosen(self, choice: Choice) -> Choice | str:
         """A column's cell, where the choice is one with something to stand in for it."""
@@ -57,32 +68,39 @@ class Words:
         return self.values[name] or Choice(choice.options[1:])
 
     def lines(self, wildcard: Wildcard) -> tuple[Option, ...]:
+        if "*" not in wildcard.name:
+            return self.wildcards[wildcard.name]
         return tuple(line for name in matching(wildcard.name, self.wildcards) for line in self.wildcards[name])
 
 
-def matching(name: str, wildcards: Wildcards) -> list[str]:
+def matching(name: str, wildcards: Iterable[str]) -> list[str]:
     """The wildcards that a name, perhaps with ``*``, stands for, in order."""
     return sorted(fnmatch.filter(wildcards, name)) if "*" in name else [name] if name in wildcards else []
 
 
-def longest(template: Template, wildcards: Wildcards, known: dict[str, int]) -> int:
-    """No fewer characters than any of its prompts has, columns not counted, and no fewer than it has parts.
+def longest(
+    template: Template, wildcards: Wildcards, known: dict[str, int], values: Mapping[str, str] = MappingProxyType({})
+) -> int:
+    """No fewer characters than any of its prompts has, with these ``values``, and no fewer than it has parts.
 
     ``known``: the same of wildcards, as they are found out.
     """
-    return sum(max(_longest_part(part, wildcards, known), 1) for part in template)
+    return sum(max(_longest_part(part, wildcards, known, values), 1) for part in template)
 
 
-def _longest_part(part: str | Column | Wildcard | Choice, wildcards: Wildcards, known: dict[str, int]) -> int:
+def _longest_part(
+    part: str | Column | Wildcard | Choice, wildcards: Wildcards, known: dict[str, int], values: Mapping[str, str]
+) -> int:
     if isinstance(part, Wildcard):
         if part.name not in known:
             lines = (line for name in matching(part.name, wildcards) for line in wildcards[name])
             known[part.name] = max((longest(line.parts, wildcards, known) for line in lines), default=0)
         return known[part.name]
     if isinstance(part, Choice):
-        one = max(longest(option.parts, wildcards, known) for option in part.options)
+        one = max(longest(option.parts, wildcards, known, values) for option in part.options)
+        one = max(one, len(values.get(part.perhaps_column or "", "")))
         return part.high * (max(one, 1) + len(part.separator))
-    return len(part) if isinstance(part, str) else 0
+    return len(part) if isinstance(part, str) else len(values.get(part.name, ""))
 
 
 def drawn(template: Template, words: Words, chance: Chance) -> str:
@@ -93,10 +111,19 @@ def drawn(template: Template, words: Words, chance: Chance) -> str:
             picked = words.chosen(part)
             said.append(picked if isinstance(picked, str) else _drawn_choice(picked, words, chance))
         elif isinstance(part, Wildcard):
-            said.append(_drawn_choice(Choice(words.lines(part)), words, chance))
+            said.append(drawn(_drawn_line(part, words, chance).parts, words.of_files, chance))
         else:
             said.append(words.values[part.name] if isinstance(part, Column) else part)
     return "".join(said)
+
+
+def _drawn_line(wildcard: Wildcard, words: Words, chance: Chance) -> Option:
+    """A line of a file that may have many."""
+    lines = words.lines(wildcard)
+    if wildcard.name not in words.sums:
+        words.sums[wildcard.name] = list(accumulate(line.weight for line in lines))
+    sums = words.sums[wildcard.name]
+    return lines[min(bisect_right(sums, chance.uniform() * sums[-1]), len(lines) - 1)]
 
 
 def _drawn_choice(choice: Choice, words: Words, chance: Chance) -> str:
@@ -119,7 +146,7 @@ def count(template: Template, words: Words) -> int:
             total *= 1 if isinstance(picked, str) else _count_choice(picked, words)
         elif isinstance(part, Wildcard):
             if part.name not in words.counts:
-                words.counts[part.name] = _count_choice(Choice(words.lines(part)), words)
+                words.counts[part.name] = _count_choice(Choice(words.lines(part)), words.of_files)
             total *= words.counts[part.name]
     return total
 
@@ -145,7 +172,7 @@ def _every_part(part: str | Column | Wildcard | Choice, words: Words) -> Iterato
         picked = words.chosen(part)
         yield from [picked] if isinstance(picked, str) else _every_choice(picked, words)
     elif isinstance(part, Wildcard):
-        yield from _every_choice(Choice(words.lines(part)), words)
+        yield from _every_choice(Choice(words.lines(part)), words.of_files)
     else:
         yield words.values[part.name] if isinstance(part, Column) else part
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -18,18 +19,16 @@ import pyarrow.compute as pc
 
 from sdbatch.prompts.expansion import Wildcards
 from sdbatch.prompts.request import SIZE_STEP, ImageRequest, ModelFacts, Shape, requests_of_row
-from sdbatch.prompts.variants import Variants, images_a_row
+from sdbatch.prompts.variants import Variants
 from sdbatch.spec import JobSpec
 
 SLICE_ROWS = 16_384
-_SLICE_IMAGES = 16 * SLICE_ROWS
 _RESERVED = "row:"
 
 _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("image_id", pa.string()),
     ("row_id", pa.string()),
     ("prompt", pa.string()),
-    ("template", pa.string()),
     ("negative_prompt", pa.string()),
     ("seed", pa.int64()),
     ("width", pa.int32()),
@@ -43,6 +42,7 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("strength", pa.float64()),
     ("fault", pa.string()),
 ]
+_TEMPLATE = ("template", pa.string())
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,6 @@ class RowIds:
         return name, None
 
 
-def slice_rows(spec: JobSpec, wildcards: Wildcards) -> int:
-    """Rows of a slice: fewer where each makes many images, for whoever plans a slice holds them all."""
-    return max(min(SLICE_ROWS, _SLICE_IMAGES // images_a_row(spec, wildcards)), 1)
-
-
 def usable_ids(ids: pa.ChunkedArray, first_index: int) -> pa.Table:
     """The cells of consecutive rows that can be ids, with their ``row``: neither empty nor reserved."""
     table = pa.table({"id": ids, "row": pa.array(range(first_index, first_index + len(ids)), pa.int64())})
@@ -118,29 +113,27 @@ def rows_sha256(rows: pa.Table) -> str:
 
 
 def requests_of_slice(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     first_index: int,
     spec: JobSpec,
     model: ModelFacts,
     ids: RowIds,
     wildcards: Wildcards = MappingProxyType({}),
-) -> list[ImageRequest]:
+) -> Iterator[ImageRequest]:
     """All requests of consecutive rows, in order. Row ``first_index`` of the table comes first."""
-    requests, variants = list[ImageRequest](), Variants(spec, wildcards)
+    variants = Variants(spec, wildcards)
     for index, row in enumerate(rows, first_index):
         row_id, fault = ids(row.get("id"), index)
-        requests += requests_of_row(row, index, spec, model, row_id, fault, variants)
-    return requests
+        yield from requests_of_row(row, index, spec, model, row_id, fault, variants)
 
 
 def odd_sizes(requests: Iterable[ImageRequest], first_index: int) -> Iterator[OddSize]:
     """Requests whose size the model can't draw, one a row."""
-    seen, index = "", first_index - 1
-    for request in requests:
-        if request.row_id != seen:
-            seen, index = request.row_id, index + 1
+    for index, (_, several) in enumerate(groupby(requests, lambda request: request.row_id), first_index):
+        for request in several:
             if request.fault is None and (request.width % SIZE_STEP or request.height % SIZE_STEP):
                 yield OddSize(index, request.width, request.height)
+                break
 
 
 def cut(requests: Iterable[ImageRequest], shard_size: int) -> list[Run]:
@@ -158,9 +151,13 @@ def cut(requests: Iterable[ImageRequest], shard_size: int) -> list[Run]:
     return runs
 
 
-def to_table(requests: Sequence[ImageRequest], kept: Iterable[str]) -> pa.Table:
-    """Requests as the plan stores them; kept columns become a struct, so that their names can't clash."""
-    columns = {name: pa.array([getattr(request, name) for request in requests], kind) for name, kind in _COLUMNS}
+def to_table(requests: Sequence[ImageRequest], kept: Iterable[str], templated: bool = False) -> pa.Table:
+    """Requests as the plan stores them; kept columns become a struct, so that their names can't clash.
+
+    Without templates there is no column of them: such plans have the bytes that they had before there were any.
+    """
+    kinds = [*_COLUMNS, _TEMPLATE] if templated else _COLUMNS
+    columns = {name: pa.array([getattr(request, name) for request in requests], kind) for name, kind in kinds}
     names = list(kept)
     if names:
         struct = pa.struct([(name, pa.string()) for name in names])

@@ -84,41 +84,65 @@ def requests_of_row(
     id_fault: str | None,
     variants: Variants,
 ) -> list[ImageRequest]:
-    """The requests of one row: ``num_images_per_prompt`` pictures of each of its variants, or one fault.
+    """The requests of one row: ``num_images_per_prompt`` pictures of each of its variants.
 
-    ``row`` maps the names of fields and of kept columns to cells; ``index`` is the row's place in the table.
+    What can't be made is one fault: the row, or one of its variants. ``row`` maps the names of fields and of kept
+    columns to cells; ``index`` is the row's place in the table.
     """
-    base, default_size = spec.generate, model.default_size
     kept = {name: row.get(f"keep:{name}") for name in spec.input.kept}
     try:
         if row.get("fault"):
             raise BadValue(row["fault"])
         if id_fault is not None:
             raise BadValue(id_fault)
-        requests = []
-        for number, variant in enumerate(variants(row, row_id)):
-            name = f"{row_id}-{number}" if spec.variants else row_id
-            requests += _requests_of_variant({**row, **variant.cells}, spec, model, row_id, name, variant, kept)
-        return requests
+        found = list(variants(row, row_id))
     except BadValue as error:
-        shown = (row.get("prompt") or "").encode("utf-8", "replace").decode()
-        width, height = base.width or default_size[0], base.height or default_size[1]
-        return [
-            ImageRequest(
-                image_id=f"{row_id}-0",
-                row_id=row_id,
-                prompt=shown[: spec.prompt.max_characters],
-                negative_prompt="",
-                seed=0,
-                width=width,
-                height=height,
-                num_inference_steps=base.num_inference_steps,
-                guidance_scale=base.guidance_scale,
-                sampler=base.sampler,
-                fault=f"row {index + 1}: {error}",
-                kept=kept,
-            )
-        ]
+        return [_fault(row, index, spec, model, row_id, _name(row_id, 0, spec), None, kept, error)]
+    requests = list[ImageRequest]()
+    for number, variant in enumerate(found):
+        name, cells, words = _name(row_id, number, spec), {**row, **variant.cells}, {**kept, **variant.words}
+        try:
+            requests += _requests_of_variant(cells, spec, model, row_id, name, variant, words)
+        except BadValue as error:
+            requests.append(_fault(cells, index, spec, model, row_id, name, variant.template, words, error))
+    if requests[0].fault is not None and len({request.fault for request in requests}) == 1:
+        return requests[:1]  # the row itself is at fault
+    return requests
+
+
+def _name(row_id: str, number: int, spec: JobSpec) -> str:
+    """What the ids of a variant's images begin with. All ids of a job have as many parts: none can be another's."""
+    return f"{row_id}-{number}" if spec.variants else row_id
+
+
+def _fault(
+    row: Mapping[str, Any],
+    index: int,
+    spec: JobSpec,
+    model: ModelFacts,
+    row_id: str,
+    name: str,
+    template: str | None,
+    kept: dict[str, str | None],
+    error: BadValue,
+) -> ImageRequest:
+    base = spec.generate
+    shown = (row.get("prompt") or "").encode("utf-8", "replace").decode()
+    return ImageRequest(
+        image_id=f"{name}-0",
+        row_id=row_id,
+        prompt=shown[: spec.prompt.max_characters],
+        negative_prompt="",
+        seed=0,
+        width=base.width or model.default_size[0],
+        height=base.height or model.default_size[1],
+        num_inference_steps=base.num_inference_steps,
+        guidance_scale=base.guidance_scale,
+        sampler=base.sampler,
+        template=template or row.get("template") or spec.prompt.template,
+        fault=f"row {index + 1}: {error}",
+        kept=kept,
+    )
 
 
 def _requests_of_variant(
@@ -162,7 +186,7 @@ def _requests_of_variant(
             init_image=init_image,
             mask_image=mask_image,
             strength=strength,
-            kept={**kept, **variant.words},
+            kept=kept,
         )
         for k in range(count)
     ]

@@ -6,7 +6,7 @@
     {3::red|blue}             red three times as often
     {2$$a|b|c}                two of these, joined by ", "; {1-2$$…} one or two; {2$$ and $$a|b|c} joined by " and "
     __colours__               a line of colours.txt; __animals/cats__ of animals/cats.txt; * stands for any name
-    \\{                        the character itself
+    \\{ \\} \\| \\_               the character itself; a backslash before any other is one: \\( stays for emphasis
 
 Choices may stand in choices, and in the lines of wildcard files.
 """
@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MOST_NESTED = 20
+_MOST_TAKEN = 20
 #: A wildcard's name. Two underscores around something else are text.
 _WILDCARD = re.compile(r"__([A-Za-z0-9*](?:[A-Za-z0-9_./*-]*?[A-Za-z0-9*])?)__")
+_ESCAPED = ("{", "}", "|", "_")
 _HEAD = re.compile(r"\s*(\d{1,3})(?:\s*-\s*(\d{1,3}))?\s*\$\$")
 _WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)::")
 
@@ -110,7 +112,7 @@ def _parts(text: str, start: int, depth: int) -> tuple[Template, int]:
     said, at = "", start
     while at < len(text):
         char = text[at]
-        if char == "\\" and at + 1 < len(text):
+        if char == "\\" and text[at + 1 : at + 2] in _ESCAPED:
             said, at = said + text[at + 1], at + 2
             continue
         wildcard = _WILDCARD.match(text, at)
@@ -160,6 +162,8 @@ def _braces(text: str, opened: int, depth: int) -> tuple[Column | Choice, int]:
         if not only.strip():
             raise BadTemplate(f"the braces at character {opened + 1} hold nothing")
         return Column(only.strip()), at
+    if high > _MOST_TAKEN:
+        raise BadTemplate(f"the braces at character {opened + 1} ask for {high} options; at most {_MOST_TAKEN}")
     if not low <= high <= len(options):
         raise BadTemplate(f"the braces at character {opened + 1} ask for {low} to {high} of {len(options)} options")
     if all(option.weight == 0 for option in options):

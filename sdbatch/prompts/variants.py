@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdbatch.errors import InputError, UsageError
-from sdbatch.prompts.expansion import Chance, Wildcards, Words, count, drawn, every
+from sdbatch.prompts.expansion import Chance, Wildcards, Words, count, drawn, every, longest
 from sdbatch.prompts.fault import BadValue
 from sdbatch.prompts.template import BadTemplate, Choice, Column, Template, inner_parts, parse
 from sdbatch.prompts.wildcards import check_template
@@ -14,6 +14,9 @@ from sdbatch.spec import MATRIX_FIELDS, JobSpec, combinations, words_of
 
 #: Prompts that a template may make of one row.
 _MOST_PROMPTS = 10_000
+#: Characters of all prompts of a row, and of a template.
+_MOST_CHARACTERS = 100_000_000
+_LONGEST_TEMPLATE = 20_000
 #: What the columns of a template are called among the cells of a row.
 CELL = "word:"
 
@@ -36,6 +39,7 @@ class Variants:
         self._words = words_of(spec.matrix)
         self._combinations = list(combinations(spec.matrix))
         self._kept = list(spec.input.kept)
+        self._counts, self._longest, self._sums = dict[str, int](), dict[str, int](), dict[str, list[float]]()
         self._template = None if spec.prompt.template is None else parse(spec.prompt.template)
 
     def __call__(self, row: Mapping[str, str | None], row_id: str) -> Iterator[Variant]:
@@ -50,10 +54,13 @@ class Variants:
                 continue
             known = {name.removeprefix(CELL): cell or "" for name, cell in row.items() if name.startswith(CELL)}
             known |= {name: row.get(f"keep:{name}") or "" for name in self._kept} if self._template is None else {}
-            for number, prompt in enumerate(self._prompts(template, Words(known | words, self._wildcards), row_id)):
+            said = Words(known | words, self._wildcards, self._counts, self._sums)
+            for number, prompt in enumerate(self._prompts(template, said, row_id)):
                 yield Variant({**cells, "prompt": prompt}, words, written, number)
 
     def _row_template(self, text: str) -> Template:
+        if len(text) > _LONGEST_TEMPLATE:
+            raise BadValue(f"its template has {len(text):,} characters; at most {_LONGEST_TEMPLATE:,} are read")
         try:
             template = parse(text)
             check_template(template, self._wildcards, "its template")
@@ -71,13 +78,16 @@ class Variants:
         ]
         if empty:
             raise BadValue(f"its template needs {{{empty[0]}}}, and the row has nothing there")
+        ways = count(template, words) if self._prompt.expansion == "all" else self._prompt.samples
+        if told := _too_many(ways, len(self._combinations)):
+            raise BadValue(f"its template {told}")
+        characters = ways * longest(template, self._wildcards, self._longest, words.values)
+        if characters > _MOST_CHARACTERS:
+            raise BadValue(f"its template makes {ways:,} prompts of up to {characters // ways:,} characters")
         if self._prompt.expansion == "all":
-            ways = count(template, words)
-            if ways > _MOST_PROMPTS:
-                raise BadValue(f"its template makes {ways:,} prompts; at most {_MOST_PROMPTS:,} a row are made")
             yield from every(template, words)
             return
-        for number in range(self._prompt.samples):
+        for number in range(ways):
             yield drawn(template, words, Chance(self._prompt.wildcard_seed, row_id, number))
 
 
@@ -94,6 +104,8 @@ def template_columns(spec: JobSpec, names: Sequence[str]) -> dict[str, str]:
     words, wanted = words_of(spec.matrix), dict[str, str]()
     for part in inner_parts(template):
         name = part.name if isinstance(part, Column) else part.perhaps_column if isinstance(part, Choice) else None
+        if name in words and name in names:
+            raise UsageError(f"matrix.{name}: the table has a column of this name, too; call one of them otherwise")
         if name is None or name in words:
             continue
         if name in names:
@@ -114,10 +126,29 @@ def template_columns(spec: JobSpec, names: Sequence[str]) -> dict[str, str]:
     return wanted
 
 
-def check_prompts(spec: JobSpec, wildcards: Wildcards) -> None:
-    """Raise UsageError where the spec's template names wildcards that are not there, or can say too much."""
+def check_prompts(spec: JobSpec, wildcards: Wildcards, columns: Iterable[str]) -> None:
+    """Raise UsageError where the spec's template names wildcards that are not there, or says too much of any row.
+
+    ``columns`` are the cells that it reads, as :func:`template_columns` calls them.
+    """
+    ways = spec.prompt.samples
     if spec.prompt.template is not None:
-        check_template(_parsed(spec.prompt.template), wildcards, "prompt.template")
+        template = _parsed(spec.prompt.template)
+        check_template(template, wildcards, "prompt.template")
+        if spec.prompt.expansion == "all":
+            names = [*(name.removeprefix(CELL) for name in columns if name.startswith(CELL)), *words_of(spec.matrix)]
+            ways = count(template, Words(dict.fromkeys(names, "x"), wildcards))  # no column needs its stand-in
+    if told := _too_many(ways, sum(1 for _ in combinations(spec.matrix))):
+        raise UsageError(f"prompt.{'samples' if spec.prompt.expansion == 'sample' else 'template'}: {told}")
+
+
+def _too_many(prompts: int, combined: int) -> str | None:
+    """What to tell of a row that makes more than may be."""
+    if prompts * combined <= _MOST_PROMPTS:
+        return None
+    number = f"{prompts:,}" if prompts < 10**15 else "more than 10^15"
+    with_matrix = f" in {combined:,} combinations of the matrix" if combined > 1 else ""
+    return f"makes {number} prompts of a row{with_matrix}; at most {_MOST_PROMPTS:,} are made"
 
 
 def _parsed(text: str) -> Template:
@@ -129,6 +160,8 @@ def _parsed(text: str) -> Template:
 
 def images_a_row(spec: JobSpec, wildcards: Wildcards) -> int:
     """How many images a row makes, as far as that can be told without its cells."""
+    if not spec.variants:  # slices of such jobs are what they were before there were variants
+        return 1
     prompts = spec.prompt.samples
     if spec.prompt.expansion == "all" and spec.prompt.template is not None:
         prompts = min(count(_parsed(spec.prompt.template), Words({}, wildcards)), _MOST_PROMPTS)

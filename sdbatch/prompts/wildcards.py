@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sdbatch.errors import InputError, StorageError
@@ -16,8 +16,10 @@ from sdbatch.prompts.template import (
     Template,
     Wildcard,
     inner_parts,
+    parse,
     parse_option,
 )
+from sdbatch.spec import Prompt
 from sdbatch.storage import open_store
 
 _MOST_FILES = 2_000
@@ -34,27 +36,33 @@ class WildcardFiles:
     sha256: dict[str, str] = field(default_factory=dict)
 
 
-def read_wildcards(uri: str) -> WildcardFiles:
-    """Read every .txt file below a folder, local or in a store. Raises InputError."""
+def read_wildcards(prompt: Prompt) -> WildcardFiles:
+    """Read the .txt files that the spec's template names, and that they name in turn; all where rows have templates.
+
+    Raises InputError. What else lies in the folder neither matters nor has to be in order.
+    """
     lines: dict[str, tuple[Option, ...]] = {}
     sums: dict[str, str] = {}
     try:
-        store = open_store(uri, linked=True)
-        entries = [entry for entry in store.list() if entry.key.endswith(".txt")]
-        size = sum(entry.size for entry in entries)
-        if not entries:
+        store = open_store(prompt.wildcards or "", linked=True)
+        sizes = {e.key.removesuffix(".txt"): e.size for e in store.list() if e.key.endswith(".txt")}
+        if not sizes:
             raise InputError(f"prompt.wildcards: {store.uri} holds no .txt files")
-        if len(entries) > _MOST_FILES or size > _MOST_BYTES:
-            raise InputError(
-                f"prompt.wildcards: {store.uri} holds {len(entries):,} files of {size:,} bytes; up to {_MOST_FILES:,} "
-                f"files of {_MOST_BYTES >> 20} MiB together are read"
-            )
-        for entry in entries:
-            data = store.get(entry.key)
-            name = entry.key.removesuffix(".txt")
-            lines[name], sums[name] = tuple(_options(data, entry.key)), hashlib.sha256(data).hexdigest()
+        wanted, left = sorted(sizes) if prompt.template is None else _named(_parsed(prompt), sizes), _MOST_BYTES
+        while wanted:
+            name = wanted.pop()
+            if name in lines:
+                continue
+            left -= sizes[name]
+            if left < 0 or len(lines) == _MOST_FILES:
+                told = f"up to {_MOST_FILES:,} files of {_MOST_BYTES >> 20} MiB together are read"
+                raise InputError(f"prompt.wildcards: the job uses more of {store.uri} than that: {told}")
+            data = store.get(f"{name}.txt")
+            lines[name], sums[name] = tuple(_options(data, f"{name}.txt")), hashlib.sha256(data).hexdigest()
+            wanted += [found for option in lines[name] for found in _named(option.parts, sizes)]
     except StorageError as error:
         raise InputError(f"prompt.wildcards: {error}") from None
+    lines, sums = dict(sorted(lines.items())), dict(sorted(sums.items()))
     found = WildcardFiles(lines, sums)
     _refuse_unending(found.lines)
     for name, options in lines.items():
@@ -81,18 +89,22 @@ def _options(data: bytes, key: str) -> Iterator[Option]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"prompt.wildcards: {key} is not UTF-8 text") from None
-    found = False
+    found = weighed = False
     for number, line in enumerate(text.split("\n"), 1):
         said = line.strip()
         if not said or said.startswith("#"):
             continue
         found = True
         try:
-            yield parse_option(said)
+            option = parse_option(said)
+            weighed = weighed or option.weight > 0
+            yield option
         except BadTemplate as error:
             raise InputError(f"prompt.wildcards: {key}, line {number}: {error}") from None
     if not found:
         raise InputError(f"prompt.wildcards: {key} has no lines")
+    if not weighed:
+        raise InputError(f"prompt.wildcards: {key} gives all its lines no weight")
 
 
 def _refuse_unending(wildcards: Wildcards) -> None:
@@ -105,7 +117,7 @@ def _refuse_unending(wildcards: Wildcards) -> None:
         if len(above) > MOST_NESTED:
             raise InputError(f"prompt.wildcards: {above[0]} names files that name files, more than {MOST_NESTED} deep")
         if name not in depths:
-            inner = {found for option in wildcards[name] for found in _named(option, wildcards)}
+            inner = {found for option in wildcards[name] for found in _named(option.parts, wildcards)}
             depths[name] = max((depth(found, (*above, name)) + 1 for found in sorted(inner)), default=0)
         return depths[name]
 
@@ -113,7 +125,14 @@ def _refuse_unending(wildcards: Wildcards) -> None:
         depth(name, ())
 
 
-def _named(option: Option, wildcards: Wildcards) -> Iterator[str]:
-    for part in inner_parts(option.parts):
-        if isinstance(part, Wildcard):
-            yield from matching(part.name, wildcards)
+def _named(template: Template, known: Iterable[str]) -> list[str]:
+    """The files that a template names, of those that there are."""
+    names = [part.name for part in inner_parts(template) if isinstance(part, Wildcard)]
+    return [found for name in names for found in matching(name, known)]
+
+
+def _parsed(prompt: Prompt) -> Template:
+    try:
+        return parse(prompt.template or "")
+    except BadTemplate as error:
+        raise InputError(f"prompt.template: {error}") from None

@@ -68,12 +68,14 @@ def _card(row: dict[str, Any], source: str, job: Job) -> dict[str, Any]:
         "row": row,
         "source": source,
         "parameters": {name: row[name] for name in _PARAMETERS if row[name] not in ("", None)},
-        "kept": {name: row[name] for name in _kept(job) if row[name]},
+        "kept": {name: row[name] for name in _kept(job) if row.get(name)},
     }
 
 
 def _kept(job: Job) -> list[str]:
-    return list(job.spec["input"]["keep"])
+    """The user's columns, and what else the matrix varies."""
+    varied = [name for name in job.spec.get("matrix", ()) if name not in _PARAMETERS]
+    return [*job.spec["input"]["keep"], *varied]
 
 
 def _data_uri(data: bytes) -> str | None:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from sdbatch.errors import Problem, SpecError
 from sdbatch.spec.generate import Generate
 from sdbatch.spec.input import Input
-from sdbatch.spec.matrix import MATRIX_FIELDS, Matrix, check_matrix, fields_of, words_of
+from sdbatch.spec.matrix import MATRIX_FIELDS, Matrix, check_matrix, fields_of, odd_sizes_of, words_of
 from sdbatch.spec.model import Model
 from sdbatch.spec.output import Output
 from sdbatch.spec.plain_yaml import MOST_BYTES, read_yaml, told
@@ -40,7 +40,7 @@ class JobSpec(Section):
         "your own for the template",
     )
     model: Model = Field(default_factory=lambda: Model())
-    generate: Generate = Field(default_factory=lambda: Generate())
+    generate: Generate = Field(default_factory=lambda: Generate(), validate_default=True)
     output: Output
     failures: Failures = Field(default_factory=lambda: Failures())
     resources: Resources = Field(default_factory=lambda: Resources())
@@ -62,6 +62,17 @@ class JobSpec(Section):
                 raise ValueError(f"has {name}, which is no field ({fields}), and there is no prompt.template to use it")
         return matrix
 
+    @field_validator("generate")
+    @classmethod
+    def _sizes_of_the_matrix(cls, generate: Generate, info: ValidationInfo) -> Generate:
+        for name, value in odd_sizes_of(info.data.get("matrix") or {}):
+            if generate.round_size is None:
+                raise ValueError(
+                    f"lacks round_size: matrix.{name} holds {value}, and sizes are multiples of 8; change it, or set "
+                    "generate.round_size to nearest, down or up"
+                )
+        return generate
+
     @property
     def kept(self) -> list[str]:
         """The metadata's columns beside our own: those of the table and the words of the matrix."""
@@ -80,7 +91,13 @@ class JobSpec(Section):
         fields = self.model_dump(mode="json")
         del fields["name"], fields["failures"], fields["resources"]["actors"]
         del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
-        del fields["prompt"]["wildcards"]  # what its files hold counts
+        if self.prompt.templated:
+            del fields["prompt"]["wildcards"]  # what its files hold counts
+        else:  # specs that use no template and no matrix decide what they did before there were any
+            fields["prompt"] = {"max_characters": self.prompt.max_characters}
+        matrix = fields.pop("matrix")
+        if matrix:
+            fields["matrix"] = [[name, values] for name, values in matrix.items()]  # their order counts
         if fields["output"].pop("c2pa") is not None:
             fields["output"]["c2pa"] = True  # signed or not; certificates are renewed, keys lie where they lie
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import StrictFloat, StrictInt, StrictStr, ValidationError
 
 from sdbatch.spec.generate import Generate
 from sdbatch.spec.input import METADATA_COLUMNS
@@ -30,13 +30,16 @@ _MOST_COMBINATIONS = 10_000
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
-Value = str | int | float
+#: Strict: YAML's yes and no are quoted or refused, never taken for 1 and 0.
+Value = StrictStr | StrictInt | StrictFloat
 Matrix = dict[str, list[Value]]
 
 
 def check_matrix(matrix: Matrix) -> Matrix:
     """Raise ValueError for a name or value that can't be combined."""
     for name, values in matrix.items():
+        if name in Generate.model_fields and name not in MATRIX_FIELDS:
+            raise ValueError(f"{name} is the same for all images of a job: set generate.{name}")
         if name not in MATRIX_FIELDS and not _NAME.fullmatch(name):
             raise ValueError(f"{shown(name)} is no name: use letters, digits and '_', a letter first")
         if name not in MATRIX_FIELDS and name in METADATA_COLUMNS:
@@ -76,6 +79,14 @@ def fields_of(matrix: Matrix) -> Iterator[str]:
     for name in matrix:
         if name in MATRIX_FIELDS:
             yield from ("width", "height") if name == "size" else (name,)
+
+
+def odd_sizes_of(matrix: Matrix) -> Iterator[tuple[str, Value]]:
+    """Names and values of sizes that are no multiple of 8."""
+    for name in ("size", "width", "height"):
+        for value in matrix.get(name, ()):
+            if any(int(pixels) % 8 for pixels in str(value).split("x")):
+                yield name, value
 
 
 def combinations(matrix: Matrix) -> Iterator[Mapping[str, str]]:

@@ -38,7 +38,7 @@ class Planned:
         )
         self.store = LocalStore(root)
         rows: list[dict[str, str | None]] = [{"prompt": f"a red circle {i}"} for i in range(7)]
-        self.requests = requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False))
+        self.requests = list(requests_of_slice(rows, 0, self.spec, ModelFacts((64, 64)), RowIds(False)))
         runs = cut(self.requests, 8)
         (self.shard,) = shards_of(runs)
         sha256 = find_model(self.spec.model).sha256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,5 +286,49 @@ def test_a_wildcard_file_that_changed_is_another_plan(sdbatch: CommandLine, writ
     assert {row["prompt"] for row in rows} == {
         f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("ring", "star")
     }
+    (tmp_path / "words/other.txt").write_text("{of no use here")
+    assert sdbatch.json("run", job)["made_now"] == 0
     (tmp_path / "words/colours.txt").write_text("red\ngreen\n")
     assert "wildcards.colours" in sdbatch("run", job, code=2).stderr
+
+
+def test_the_first_images_are_shown_in_the_order_of_the_table(
+    sdbatch: CommandLine, write_job: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.csv").write_text("id,thing\nr0,ring\nr1,\nr0,star\nr2,{heart}\nr3,cross\nr4,moon\n")
+    job = write_job(
+        model=NULL,
+        input={"columns": {"id": "id"}},
+        prompt={"template": "a {red|blue} {thing}, {style}"},
+        matrix={"size": ["16x16", "24x16"], "style": ["[bold]flat"]},
+    )
+    shown = sdbatch.json("plan", job, "--show", "7")["show"]
+    assert [(row["image_id"], row["width"], row["error"]) for row in shown] == [
+        ("r0-0-0", 16, None),
+        ("r0-1-0", 24, None),
+        ("r1-0-0", 16, "row 2: its template needs {thing}, and the row has nothing there"),
+        ("row:00000002-0-0", 16, "row 3: the id 'r0' is row 1's already"),
+        ("r2-0-0", 16, None),
+        ("r2-1-0", 24, None),
+        ("r3-0-0", 16, None),
+    ]
+    planned = pq.read_table(sorted((tmp_path / "out/_sdbatch/plan").glob("*/requests-*.parquet"))).to_pylist()
+    stored = {row["image_id"]: row for row in planned}
+    for row in shown:
+        same = ("prompt", "seed", "template", "num_inference_steps")
+        assert [row[name] for name in same] == [stored[row["image_id"]][name] for name in same]
+        assert row.get("style") == stored[row["image_id"]]["kept"]["style"]
+    assert re.fullmatch(r"a (red|blue) \{heart\}, \[bold\]flat", shown[4]["prompt"])
+    told = sdbatch("plan", job, "--show", "5").stderr
+    assert [line.split()[0] for line in told.splitlines()[:5]] == [row["image_id"] for row in shown[:5]]
+    assert shown[4]["prompt"] in told
+    # What was planned before goes on to hold when the table grows.
+    with (tmp_path / "prompts.csv").open("a") as table:
+        table.write("r5,wave\n")
+    assert sdbatch.json("run", job, "--extend", code=3)["added"] == 2
+    assert sdbatch.json("retry", "out", code=3)["made_now"] == 0
+    rows = pq.read_table(tmp_path / "out/metadata").to_pylist()
+    assert {row["image_id"]: row["prompt"] for row in rows if row["image_id"] in stored} == {
+        name: row["prompt"] for name, row in stored.items()
+    }
+    assert sdbatch.json("verify", "out")["ok"]

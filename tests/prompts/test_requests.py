@@ -41,7 +41,7 @@ def spec(**generate: Any) -> JobSpec:
 
 
 def requests(rows: list[dict[str, str | None]], job: JobSpec | None = None, mapped: bool = False) -> list[ImageRequest]:
-    return requests_of_slice(rows, 0, job or spec(), ModelFacts((64, 64)), RowIds(mapped, doubles(rows)))
+    return list(requests_of_slice(rows, 0, job or spec(), ModelFacts((64, 64)), RowIds(mapped, doubles(rows))))
 
 
 def doubles(rows: list[dict[str, str | None]]) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sdbatch.errors import InputError
 from sdbatch.prompts.expansion import Chance, Words, count, drawn, every
 from sdbatch.prompts.template import BadTemplate, parse, parse_option
 from sdbatch.prompts.wildcards import check_template, read_wildcards
+from sdbatch.spec import Prompt
 
 COLOURS = {"colours": tuple(map(parse_option, ["red", "blue", "2::green"]))}
 WORDS = Words({"product": "lamp", "surface": "", "kind": "desk"}, COLOURS)
@@ -36,6 +38,26 @@ def test_what_templates_say() -> None:
     assert all_of(r"\{a\} \__colours__ (word:1.2) a|b") == ["{a} __colours__ (word:1.2) a|b"]
 
 
+def test_the_table_of_the_documentation_is_true() -> None:
+    text = (Path(__file__).parents[2] / "docs/prompts.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| `(.+?)` \| (`.*`) \|$", text, re.MULTILINE)
+    assert len(examples) == text.count("\n| `") > 10
+    for template, makes in examples:
+        told = [one.strip("`") for one in makes.replace("\\|", "|").split(" · ")]
+        assert all_of(template.replace("\\|", "|")) == told, template
+
+
+def test_lines_of_files_see_no_columns() -> None:
+    words = Words({"red": "a cell"}, {"c": (parse_option("{red|blue}"),)})
+    assert all_of("__c__ {red|blue}", words) == ["red a cell", "blue a cell"]
+    assert {drawn(parse("__c__"), words, Chance(i)) for i in range(20)} == {"red", "blue"}
+
+
+def test_what_a_cell_holds_is_never_read_as_grammar() -> None:
+    words = Words({"product": "{a|b} __colours__ \\{"}, COLOURS)
+    assert all_of("{product}", words) == [words.values["product"]]
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [
@@ -45,6 +67,7 @@ def test_what_templates_say() -> None:
         ("{3$$a|b}", "ask for 3 to 3 of 2 options"),
         ("{2-1$$a|b}", "ask for 2 to 1 of 2 options"),
         ("{0::a|0::b}", "no weight"),
+        ("{99$$" + "a|" * 200 + "}", "ask for 99 options; at most 20"),
         ("{" * 30 + "a|b" + "}" * 30, "within more than 20 others"),
     ],
 )
@@ -94,7 +117,8 @@ def test_wildcard_files(tmp_path: Path) -> None:
     (tmp_path / "animals/cats.txt").write_text("# comment\n\n2::lion\ntiger\r\n", encoding="utf-8")
     (tmp_path / "animals/dogs.txt").write_text("wolf\n", encoding="utf-8")
     (tmp_path / "any.txt").write_text("a __animals/*__\n", encoding="utf-8")
-    found = read_wildcards(str(tmp_path))
+    (tmp_path / "broken.txt").write_text("{is nobody's business", encoding="utf-8")
+    found = read_wildcards(Prompt(template="__any__", wildcards=str(tmp_path)))
     assert sorted(found.sha256) == ["animals/cats", "animals/dogs", "any"]
     assert all_of("__any__", Words({}, found.lines)) == ["a lion", "a tiger", "a wolf"]
 
@@ -105,6 +129,7 @@ def test_wildcard_files(tmp_path: Path) -> None:
         ({"a": "__b__", "b": "__a__"}, "a → b → a goes round in a circle"),
         ({"a": "{x"}, "a.txt, line 1: the '{' at character 1 is not closed"),
         ({"a": "\n"}, "a.txt has no lines"),
+        ({"a": "0::x"}, "a.txt gives all its lines no weight"),
         ({"a": "__c__"}, "a.txt: there is no wildcard file c.txt; there is: a"),
         ({"a": "{x}"}, "a.txt names a column"),
         ({}, "holds no .txt files"),
@@ -116,7 +141,7 @@ def test_wildcard_files_that_can_not_be_used(files: dict[str, str], told: str, t
     for name, text in files.items():
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=told):
-        read_wildcards(str(tmp_path))
+        read_wildcards(Prompt(template_column="t", wildcards=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "nothing"])
