@@ -10,6 +10,7 @@
     ├── StorageError             1   the store refused or stayed away; the job can be resumed
     │   └── ObjectNotFound       1   no object under that key
     └── JobFailed                1   the job ended before its images were done; it can be resumed
+        └── BudgetSpent          1   … because a limit that its spec sets was reached
     Interrupted                130   somebody asked to stop; the job can be resumed
 
 Messages say what was wrong, where (field, file and row, URI) and what to do about it.
@@ -81,6 +82,10 @@ class ObjectNotFound(StorageError):
 
 class JobFailed(SdbatchError):
     """The job ended before all images were made. The same command resumes it."""
+
+
+class BudgetSpent(JobFailed):
+    """The job reached a limit that its spec sets, such as what it may cost."""
 
 
 class Interrupted(BaseException):

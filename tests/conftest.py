@@ -28,6 +28,8 @@ from tests.s3_server import serving
 torch.set_num_threads(1)
 #: Ray's workers give way to everything else, by default; here there is nothing else, and tests would wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
+#: Speeds of jobs run here are none of the user's record.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".work/tests-cache")
 hypothesis.settings.register_profile("sdbatch", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sdbatch")
 

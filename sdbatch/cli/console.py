@@ -104,7 +104,7 @@ def watching() -> Iterator[Watch]:
                 rate = images / seconds if seconds > 0.5 else 0.0
                 text = f"{rate:.1f} images/s" if rate else ""
                 if rate and not people.is_terminal:
-                    text += f", {_span((now.planned - done) / rate)} left"
+                    text += f", {span((now.planned - done) / rate)} left"
             if now.quarantined:
                 text += f" [red]{now.quarantined:,} quarantined[/]"
             if now.deaths:
@@ -115,7 +115,8 @@ def watching() -> Iterator[Watch]:
         yield watch
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A length of time for people."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from sdbatch.cli.bills import bill_content, bill_lines, forecast_content, forecast_facts
 from sdbatch.cli.console import facts, people, print_json, tell, watching
 from sdbatch.cli.preview import described, tell_requests
 from sdbatch.spec import JobSpec, load_spec
@@ -59,14 +60,17 @@ def plan(
     date: Date = None,
     extend: Extend = False,
     show: Show = 0,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Make a few batches, which are not stored, to know the job's speed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Plan a job without making anything: count its images, shards and batches."""
+    """Plan a job without making its images: count them, and estimate their size, time and cost."""
     from sdbatch.engine import runner
 
     spec = load_spec(job, set_, date and date.date())
     with watching() as watch:
-        found = runner.plan(spec, watch, extend=extend, show=show)
+        found = runner.plan(spec, watch, extend=extend, show=show, calibrate=calibrate)
     planned, size = found.job, found.job.spec["resources"]["batch_size"]
     makeable = found.shards.makeable()
     batches = int((-(-makeable.column("count") // size)).sum())
@@ -87,6 +91,7 @@ def plan(
         "sizes": dict(shapes.most_common()),
         "fingerprint": planned.fingerprint,
         "output": spec.output.uri,
+        **forecast_content(found.forecast, spec.resources),
     }
     if as_json:
         print_json(summary | ({"show": [described(request) for request in found.first]} if show else {}))
@@ -104,6 +109,7 @@ def plan(
             "batches": f"{batches:,} of {size}, {100 * padding:.1f} % of their slots empty",
             "refused": f"{planned.faulty:,} requests, see 'sdbatch errors' after the run" if planned.faulty else "none",
             "plan": escape(f"{spec.output.uri}/_sdbatch/plan"),
+            **forecast_facts(found.forecast, spec.resources),
         }
     )
 
@@ -143,6 +149,7 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
                 "making_seconds": round(outcome.making_seconds, 3),
                 "batches": outcome.batches,
                 "actor_deaths": outcome.deaths,
+                **bill_content(outcome.bill),
             }
         )
     else:
@@ -158,6 +165,7 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
             told["quarantined"] = f"[red]{status.quarantined:,}[/], see: sdbatch errors {output}"
         told["look"] = f"sdbatch gallery {output}"
         facts(told)
+        tell(*bill_lines(outcome.bill))
     if status.quarantined:
         raise typer.Exit(3)
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,12 @@ from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.models import footprint, load_model
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.speeds import Measured, shape_of
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts
 from sdbatch.outputs import EncodedPicture, Signer, encode, pixels_sum
-from sdbatch.prompts import ImageRequest, from_table
+from sdbatch.prompts import ImageRequest, Shape, from_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import open_store
 
@@ -50,6 +51,8 @@ class Receipt:
     quarantined: int
     failed_making: int  # of the quarantined, those that failed here and now
     batches: int  # that the model computed
+    shape: Shape
+    measured: Measured = field(default_factory=Measured)  # what these batches took
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,9 @@ class Generator:
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
+        self._longest = 0.0
+        self._halted = threading.Event()
+        self._drawn = set[Shape]()  # shapes that this process has warmed up to
         self._model_turn = threading.Lock()
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._finishers = ThreadPoolExecutor(_FINISHERS, "finisher")
@@ -106,27 +112,42 @@ class Generator:
         """Images that left the model so far; asked now and then for the progress bar."""
         return self._made
 
+    def longest_batch(self) -> float:
+        """Seconds from the beginning of a batch until it was stored, at most so far."""
+        return self._longest
+
+    def halt(self) -> None:
+        """End with the batch in work: what is made of a shard stays and the rest is left, see ``run_shard``."""
+        self._halted.set()
+
     def node(self) -> str:
         """The Ray node that it runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def run_shard(self, shard: Shard, attempts: Attempts = UNTRIED) -> Receipt:
+    def run_shard(self, shard: Shard, attempts: Attempts = UNTRIED) -> Receipt | None:
         """Make, store and commit a shard. What other writers have finished of it is taken as it is.
 
         ``attempts``: what it has cost so far, which tells the requests that are better made alone or not at all.
+        None if it was halted before all batches were made: those that were are kept for whoever goes on.
         """
         started = time.perf_counter()
         record = self._committer.finish_started(shard)
         if record is not None:
             self._made += shard.count
-            return Receipt(shard.number, record.committed, record.quarantined, 0, 0)
+            return Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
         requests = self._requests(shard)
         settled = self._settled(shard, requests)
         size = self.spec.resources.at_once
         finishing: list[Future[dict[int, Ended]]] = []
-        batches, model_seconds = 0, 0.0
+        batches, model_seconds, measured = 0, 0.0, Measured()
         with self._model_turn:
             for first in range(0, len(requests), size):
+                if self._halted.is_set():
+                    for stored in finishing:
+                        stored.result()
+                    self._pen.at(None)
+                    return None
+                turn = time.perf_counter()
                 batch = {
                     position: request
                     for position, request in enumerate(requests[first : first + size], first)
@@ -140,15 +161,39 @@ class Generator:
                     model_seconds += time.perf_counter() - began
                     batches += 1
                     last = first + size >= len(requests)
-                    finishing.append(self._finishers.submit(self._finish, shard, batch, results, last))
+                    finishing.append(self._finishers.submit(self._finish, shard, batch, results, last, turn))
+                    measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
                 self._made += len(requests[first : first + size])
             self._pen.at(None)
         made = {position: end for done in finishing for position, end in done.result().items()}
         ended = [end for _, end in sorted((settled | made).items())]
         seconds = {"model": model_seconds, "shard": time.perf_counter() - started}
         record = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
-        failed = sum(end.picture is None for end in made.values())
-        return Receipt(shard.number, record.committed, record.quarantined, failed, batches)
+        sizes = [len(end.picture.data) for end in made.values() if end.picture is not None]
+        measured = measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
+        failed, shape = len(made) - len(sizes), shape_of(shard)
+        return Receipt(shard.number, record.committed, record.quarantined, failed, batches, shape, measured)
+
+    def measure(self, shard: Shard, batches: int) -> Measured:
+        """Make so many batches of a shard and as many more as warm it up, encode them as a run does, store nothing."""
+        requests, size, measured = self._requests(shard), self.spec.resources.at_once, Measured()
+        starts, encoding = range(0, len(requests), size), list[Future[list[int]]]()
+        for number in range(batches + 1):
+            first = starts[number % len(starts)]
+            batch = dict(enumerate(requests[first : first + size], first))
+            turn = time.perf_counter()
+            results = self._model_thread.submit(self._make, first, batch).result()
+            encoding.append(self._finishers.submit(self._encoded_sizes, shard, batch, results))
+            measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
+        sizes = [size for one in encoding for size in one.result()]
+        return measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
+
+    def _took(self, shape: Shape, seconds: float) -> Measured:
+        """One batch of a shape; this process's first counts by itself."""
+        if shape in self._drawn:
+            return Measured(batches=1, seconds=seconds)
+        self._drawn.add(shape)
+        return Measured(firsts=1, first_seconds=seconds)
 
     def _settled(self, shard: Shard, requests: Sequence[ImageRequest]) -> dict[int, Ended]:
         """Position → what needs not be made: an earlier edition's, or what a writer who is gone had finished."""
@@ -284,9 +329,21 @@ class Generator:
         return encode(pixels, self.spec.output.image, row, self.job.part_of_slice(shard.slice).fingerprint)
 
     def _finish(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool, begun: float
     ) -> dict[int, Ended]:
         """Encode the pictures of a batch and make them outlive this process."""
+        rows, pictures = self._as_files(shard, batch, results)
+        kept = self._committer.writer.keep(shard.stem, pictures, last=last)
+        if kept and not last:  # the last ones outlive it only with the whole shard
+            self._pen.kept()
+        self._longest = max(self._longest, time.perf_counter() - begun)
+        by_position = {picture.position: picture for picture in kept}
+        return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
+
+    def _as_files(
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result]
+    ) -> tuple[dict[int, dict[str, Any]], list[EncodedPicture]]:
+        """Position → metadata row, and the pictures as files, of a batch that the model made."""
         rows, pictures = {}, []
         for position, request in batch.items():
             result = results[position]
@@ -304,11 +361,12 @@ class Generator:
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
                 row = metadata_row(self.job, shard.number, request, error=told)
             rows[position] = row
-        kept = self._committer.writer.keep(shard.stem, pictures, last=last)
-        if kept and not last:  # the last ones outlive it only with the whole shard
-            self._pen.kept()
-        by_position = {picture.position: picture for picture in kept}
-        return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
+        return rows, pictures
+
+    def _encoded_sizes(
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result]
+    ) -> list[int]:
+        return [len(picture.data) for picture in self._as_files(shard, batch, results)[1]]
 
 
 def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:

@@ -21,6 +21,7 @@ from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, Ray
 
 from sdbatch.engine.cluster import draining_nodes
 from sdbatch.engine.deaths import Death, inquire
+from sdbatch.engine.estimate import Purse
 from sdbatch.engine.generator import Generator, Receipt
 from sdbatch.engine.logbook import Mark, Pen, open_logbook
 from sdbatch.errors import JobFailed, SdbatchError
@@ -40,6 +41,9 @@ _LOADS, _IN_A_ROW = 2, 5
 _KILLERS = 10
 
 
+_BOTTOMLESS = Purse()
+
+
 @dataclass(eq=False)
 class _Member:
     """An actor of the pool. ``deaths``: of those in its place before it, with nothing done since."""
@@ -47,19 +51,31 @@ class _Member:
     number: int
     actor: Any
     load: ray.ObjectRef[Any]
+    arrival: ray.ObjectRef[Any]  # tells its node once there is a process
     deaths: int
     ready: bool = False
-    node: str = ""  # known a little after it is ready
+    node: str = ""
+    since: float | None = None  # when its process was there
     held: dict[ray.ObjectRef[Any], Shard] = field(default_factory=dict)
     made: int = 0  # images that left the model, when last asked
     delivered: int = 0  # images of the shards that it finished
+    longest: float = 0.0  # seconds that a batch took until it was stored, at most, when last asked
+
+    def seconds(self) -> float:
+        """Since its process was there."""
+        return 0.0 if self.since is None else time.monotonic() - self.since
 
 
 class Pool:
-    """Generator actors for one job. ``on_look(images_made, ready, deaths)`` is called about once a second."""
+    """Generator actors for one job. ``on_look(images_made, ready, deaths)`` is called about once a second.
 
-    def __init__(self, spec: JobSpec, job: Job, on_look: Callable[[int, int, int], None]) -> None:
-        self._spec, self._on_look = spec, on_look
+    Before the purse is overdrawn the pool stops: what is in work is ended with the batch and kept, see ``stopped``.
+    """
+
+    def __init__(
+        self, spec: JobSpec, job: Job, on_look: Callable[[int, int, int], None], purse: Purse = _BOTTOMLESS
+    ) -> None:
+        self._spec, self._on_look, self._purse = spec, on_look, purse
         resources = spec.resources
         options: dict[str, Any] = {
             "num_cpus": resources.cpus_per_actor,
@@ -83,13 +99,17 @@ class Pool:
         self._delivered = 0  # images, by actors that are gone
         self._kept = 0  # batches that outlive their makers, when last asked
         self._killers = 0  # found since anything got done
+        self._looked = time.monotonic()
+        self._paid = 0.0  # seconds of actors that are gone
         self.deaths = 0
         self.ready_at: float | None = None  # when the first actor had its model loaded
+        self.loads: list[float] = []  # seconds that actors took from their process to their model
+        self.environment: dict[str, str] = {}  # of the actor that was ready last
+        self.stopped = False  # for the purse's sake
 
     def run(self, shards: Iterable[Shard]) -> Receipts[Receipt, None, None]:
         """Have every shard made; yields receipts as they come. Raises JobFailed when that can't be done."""
         self._waiting = iter(shards)
-        looked = time.monotonic()
         try:
             while self._staff():
                 refs = [ref for member in self._members for ref in member.held]
@@ -97,12 +117,21 @@ class Pool:
                 done, _ = ray.wait(refs, num_returns=1, timeout=_POLL)
                 for ref in done:
                     yield from self._settle(ref)
-                if time.monotonic() - looked >= _POLL:
+                if time.monotonic() - self._looked >= _POLL:
                     self._look()
-                    looked = time.monotonic()
+                    self._looked = time.monotonic()
         finally:
             for actor in (*(member.actor for member in self._members), self._logbook):
                 ray.kill(actor)
+
+    @property
+    def actors(self) -> int:
+        """Actors that have a process."""
+        return sum(member.since is not None for member in self._members)
+
+    def actor_seconds(self) -> float:
+        """What all actors took so far, each from its process on, idle or not."""
+        return self._paid + sum(member.seconds() for member in self._members)
 
     # -- who works on what -------------------------------------------------------------------------------
 
@@ -111,15 +140,15 @@ class Pool:
         most = self._spec.resources.most
         self._todo.extend(islice(self._waiting, max(HELD * most + 1 - len(self._todo), 0)))
         for held in range(HELD):  # the emptiest first
-            for member in self._members:
+            for member in () if self.stopped else self._members:
                 if self._todo and member.ready and len(member.held) <= held and member.node not in self._draining:
                     self._hand(member, self._todo.popleft())
         for member in [member for member in self._members if not member.held]:
-            if not self._todo or member.node in self._draining:
+            if self.stopped or not self._todo or member.node in self._draining:
                 self._leave(member)
         pending = sum(not member.ready for member in self._members)
         staying = sum(member.node not in self._draining for member in self._members)
-        for _ in range(min(most - staying, len(self._todo) - pending)):
+        for _ in range(0 if self.stopped else min(most - staying, len(self._todo) - pending)):
             self._hire()
         return bool(self._members)
 
@@ -137,12 +166,14 @@ class Pool:
         self._hired += 1
         actor = self._remote.remote(*self._settings, Pen(self._logbook, self._hired))
         deaths = self._vacant.pop() if self._vacant else 0
-        self._members.append(_Member(self._hired, actor, actor.load.remote(), deaths))
+        arrival = actor.node.options(concurrency_group="watch").remote()
+        self._members.append(_Member(self._hired, actor, actor.load.remote(), arrival, deaths))
 
     def _leave(self, member: _Member) -> None:
         ray.kill(member.actor)  # or what is left of it: it may only be out of reach
         self._members.remove(member)
         self._delivered += member.delivered
+        self._paid += member.seconds()
 
     # -- what comes of it --------------------------------------------------------------------------------
 
@@ -163,8 +194,12 @@ class Pool:
             self._bury(member, inquire(member.actor, error))
             return
         if ref == member.load:
-            member.ready = True
+            member.ready, self.environment = True, result
+            member.since = member.since or self._looked
+            self.loads.append(member.seconds())
             self.ready_at = self.ready_at or time.perf_counter()
+        elif result is None:
+            self._todo.appendleft(member.held.pop(ref))
         else:
             member.delivered += member.held.pop(ref).count
             self._got_on()
@@ -215,8 +250,9 @@ class Pool:
         for member in self._members:
             if member.ready:
                 asked[member.actor.images_made.options(concurrency_group="watch").remote()] = member, "made"
-            if member.ready and not member.node:
-                asked[member.actor.node.options(concurrency_group="watch").remote()] = member, "node"
+                asked[member.actor.longest_batch.options(concurrency_group="watch").remote()] = member, "longest"
+            if not member.node:
+                asked[member.arrival] = member, "node"
         if asked:
             answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.2)
             for ref in answered:
@@ -225,6 +261,17 @@ class Pool:
                     setattr(member, fact, ray.get(ref))
                 except RayError:
                     continue  # its shards will tell
+                member.since = member.since or self._looked  # it may have been there since
+        self._stop_in_time()
         made = sum(max(member.made, member.delivered) for member in self._members)
         ready = sum(member.ready for member in self._members)
         self._on_look(self._delivered + made, ready, self.deaths)
+
+    def _stop_in_time(self) -> None:
+        """Stop while the purse still pays for the batches in work. Who is told to halt is told only once."""
+        at_work = [member for member in self._members if member.held]
+        longest = max((member.longest for member in self._members), default=0.0)
+        if not self.stopped and self._purse.is_spent(self.actor_seconds(), len(at_work), longest, 2 * _POLL):
+            self.stopped = True
+            for member in at_work:
+                member.actor.halt.options(concurrency_group="watch").remote()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sdbatch.engine.account import Account, Bill, check_budget, keeping_account
 from sdbatch.engine.cluster import check_capacity, ray_session
 from sdbatch.engine.collector import Collector
+from sdbatch.engine.forecast import Forecast, forecast
 from sdbatch.engine.generator import Receipt
 from sdbatch.engine.planner import Prepared, extend_plan, find_plan, first_requests, input_changed, make_plan, prepare
 from sdbatch.engine.pool import Pool
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.speeds import shape_of
 from sdbatch.errors import JobFailed
 from sdbatch.ledger import (
     Commits,
@@ -71,22 +74,26 @@ class Outcome:
     making_seconds: float
     deaths: int
     added: int = 0  # images that were planned by this run
+    bill: Bill = field(default_factory=Bill)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan as it stands, how many of its images were planned just now, and the first of them, if asked for."""
+    """A plan as it stands: how many of its images were planned just now, what the rest will take, and the first images,
+    if asked for."""
 
     job: Job
     shards: Shards
     added: int
+    forecast: Forecast
     first: list[ImageRequest]
 
 
-def plan(spec: JobSpec, watch: Watch, *, extend: bool = False, show: int = 0) -> Planned:
+def plan(spec: JobSpec, watch: Watch, *, extend: bool = False, show: int = 0, calibrate: bool = False) -> Planned:
     """Plan the job, or find the plan that stands; with ``extend`` plan the rows that the table has grown by.
 
-    The first ``show`` requests, in the order of the table, are part of the result.
+    With ``calibrate`` its speed is measured first. The first ``show`` requests, in the order of the table, are part of
+    the result.
     """
     prepared = prepare(spec)
     standing = job = find_plan(prepared, extend)
@@ -96,7 +103,8 @@ def plan(spec: JobSpec, watch: Watch, *, extend: bool = False, show: int = 0) ->
             if job is None or (extend and input_changed(prepared, job)):
                 job = _plan(prepared, job, watch)
             first = first_requests(prepared, show) if show else []
-    return Planned(job, read_shards(prepared.store, job), _added(standing, job), first)
+    shards = read_shards(prepared.store, job)
+    return Planned(job, shards, _added(standing, job), forecast(prepared, job, shards, measure=calibrate), first)
 
 
 def _plan(prepared: Prepared, standing: Job | None, watch: Watch) -> Job:
@@ -124,15 +132,17 @@ def run(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Outcome:
     if job is not None and not grown and (status := read_status(prepared.store)).state == "complete":
         return Outcome(status, 0, 0, time.perf_counter() - started, 0.0, 0)
     with driving(prepared, watch) as check:
+        began = time.perf_counter()
         if job is None or grown:
             job = _plan(prepared, job, watch)
-        outcome = finish(prepared, job, watch, check, started)
+        outcome = finish(prepared, job, watch, check, started, time.perf_counter() - began)
         return replace(outcome, added=_added(standing, job))
 
 
 @contextmanager
 def driving(prepared: Prepared, watch: Watch) -> Iterator[Check]:
-    """The output's lease, and Ray with room for an actor."""
+    """The output's lease, and Ray with room for an actor. Raises BudgetSpent where no money is left."""
+    check_budget(prepared.store, prepared.spec.resources)
     with (
         hold_lease(prepared.store, lambda told: watch(Snapshot("waiting", note=told))) as check,
         ray_session(prepared.spec.resources),
@@ -141,21 +151,26 @@ def driving(prepared: Prepared, watch: Watch) -> Iterator[Check]:
         yield check
 
 
-def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: float) -> Outcome:
-    """Make what was never made, then what the newest round asks to be made again."""
-    making = _Making(prepared, job, watch, check)
-    shards, again = read_shards(prepared.store, job), newest_round(prepared.store)
-    making.edition(shards, prepared.located, 1)
-    if again is not None:
-        chosen = shards.where(np.isin(shards.column("number"), list(again.shards)))
-        making.edition(chosen, overridden(prepared.located, again.changed), again.edition)
-    return making.outcome(started)
+def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: float, planning: float = 0.0) -> Outcome:
+    """Make what was never made, then what the newest round asks to be made again.
+
+    ``planning``: seconds of those since ``started`` that only this run had to take.
+    """
+    with keeping_account(prepared, job, started, planning) as account:
+        making = _Making(prepared, job, watch, check, account)
+        shards, again = read_shards(prepared.store, job), newest_round(prepared.store)
+        making.edition(shards, prepared.located, 1)
+        if again is not None:
+            chosen = shards.where(np.isin(shards.column("number"), list(again.shards)))
+            making.edition(chosen, overridden(prepared.located, again.changed), again.edition)
+        return making.outcome(started)
 
 
 class _Making:
     """Shards on their way through the pool, counted."""
 
-    def __init__(self, prepared: Prepared, job: Job, watch: Watch, check: Check) -> None:
+    def __init__(self, prepared: Prepared, job: Job, watch: Watch, check: Check, account: Account) -> None:
+        self._account = account
         self._store, self._job, self._watch, self._check = prepared.store, job, watch, check
         totals = read_totals(prepared.store)
         self._now = Snapshot("loading", 0, job.planned, totals.committed, totals.quarantined)
@@ -175,24 +190,40 @@ class _Making:
                 self._count(receipt, spec)
                 collector.committed(receipt.shard)
             self._deaths_before = self._now.deaths
-            pool = Pool(spec, self._job, self._look)
-            with closing(pool.run(_in_edition(edition, todo.makeable()))) as receipts:  # no actor outlives an error
+            makeable = todo.makeable()
+            if edition == 1:
+                self._account.expect(makeable)
+            pool = Pool(spec, self._job, self._look, self._account.purse(makeable))
+            self._account.follow(pool)
+            with closing(pool.run(_in_edition(edition, makeable))) as receipts:  # no actor outlives an error
                 for receipt in receipts:
                     self._made += receipt.committed + receipt.quarantined
+                    self._account.count(receipt, edition)
                     self._count(receipt, spec)
                     collector.committed(receipt.shard)
             self._ready_at = self._ready_at or pool.ready_at
+            if pool.stopped and self._now.finished < self._now.planned:
+                raise self._account.out_of_money(self._now.planned - self._now.finished)
 
     def outcome(self, started: float) -> Outcome:
         ended = time.perf_counter()
         ready_at = self._ready_at or ended
         self._watch(replace(self._now, stage="done"))
         status = read_status(self._store)
-        return Outcome(status, self._made, self._batches, ready_at - started, ended - ready_at, self._now.deaths)
+        return Outcome(
+            status,
+            self._made,
+            self._batches,
+            ready_at - started,
+            ended - ready_at,
+            self._now.deaths,
+            bill=self._account.bill(),
+        )
 
     def _look(self, images: int, ready: int, deaths: int) -> None:
         """What the pool tells about once a second."""
         self._check()
+        self._account.line()
         self._now = replace(
             self._now,
             stage="making" if ready else "loading",
@@ -230,7 +261,7 @@ class _Making:
             ]
             ended = [Ended(row, None) for row in rows]
             record = committer.finish_started(shard) or committer.commit(shard, ended, {}, writer="driver")
-            yield Receipt(shard.number, record.committed, record.quarantined, 0, 0)
+            yield Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
 
 
 def _in_edition(edition: int, shards: Iterable[Shard]) -> Iterator[Shard]:

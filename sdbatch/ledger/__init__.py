@@ -32,6 +32,7 @@ from sdbatch.ledger.plan import (
 )
 from sdbatch.ledger.progress import Status, failures, read_status
 from sdbatch.ledger.rounds import Again, Round, newest_round, put_round, read_round
+from sdbatch.ledger.runs import Run, begin_run, dollars, put_run, read_runs, spent_usd
 from sdbatch.ledger.verify import Findings, Verdict, examine, verify
 
 __all__ = [
@@ -42,12 +43,15 @@ __all__ = [
     "Job",
     "Part",
     "Round",
+    "Run",
     "Shard",
     "Shards",
     "SliceRows",
     "Status",
     "Verdict",
+    "begin_run",
     "collect",
+    "dollars",
     "examine",
     "failures",
     "find_commit",
@@ -57,10 +61,12 @@ __all__ = [
     "part_fingerprint",
     "put_commit",
     "put_round",
+    "put_run",
     "put_totals",
     "read_collected",
     "read_job",
     "read_round",
+    "read_runs",
     "read_shards",
     "read_slice",
     "read_slice_rows",
@@ -69,6 +75,7 @@ __all__ = [
     "refuse_changes",
     "renew_totals",
     "shard_stem",
+    "spent_usd",
     "verify",
     "write_job",
     "write_slice",

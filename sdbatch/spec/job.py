@@ -89,7 +89,9 @@ class JobSpec(Section):
         Where things lie and who does the work may change; names of columns, numbers and weights may not.
         """
         fields = self.model_dump(mode="json")
-        del fields["name"], fields["failures"], fields["resources"]["actors"]
+        del fields["name"], fields["failures"]
+        for who in ("actors", "usd_per_gpu_hour", "budget_usd"):
+            del fields["resources"][who]
         del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]
         if self.prompt.templated:
             del fields["prompt"]["wildcards"]  # what its files hold counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from sdbatch.spec.section import Section
 
@@ -44,6 +44,20 @@ class Resources(Section):
     batch_size: int | str = Field(
         8, description="Images that the model computes at once; auto: as many as help and fit, decided in the plan"
     )
+    usd_per_gpu_hour: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        strict=True,
+        description="Price of an hour of one GPU, in US dollars; with gpus_per_actor 0, of an hour of one actor",
+    )
+    budget_usd: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        strict=True,
+        description="Stop, resumably, before all runs of this output together cost more; needs usd_per_gpu_hour",
+    )
 
     @field_validator("actors", mode="before")
     @classmethod
@@ -60,10 +74,22 @@ class Resources(Section):
             raise ValueError(f"should be a number from 1 to {_LARGEST_BATCH:,}, or auto")
         return batch
 
+    @field_validator("budget_usd")
+    @classmethod
+    def _has_a_price(cls, budget: float | None, before: ValidationInfo) -> float | None:
+        if budget is not None and before.data.get("usd_per_gpu_hour", budget) is None:
+            raise ValueError("needs a price to count with: set resources.usd_per_gpu_hour too")
+        return budget
+
     @property
     def at_once(self) -> int:
         """The batch size, once it is a number: ``auto`` is only for the planner."""
         return int(self.batch_size)
+
+    @property
+    def usd_per_actor_hour(self) -> float | None:
+        """What an hour of one actor costs; None where there is no price."""
+        return None if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour * (self.gpus_per_actor or 1)
 
     @property
     def fewest(self) -> int:
