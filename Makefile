@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Debian packages that tests look at results with.
-SYSTEM_PACKAGES := libimage-exiftool-perl
+SYSTEM_PACKAGES := chromium libimage-exiftool-perl
 
 .PHONY: demo test system-packages lint format docs chaos bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/sdbatch run jobs/demo.yaml
 	$(BIN)/sdbatch verify out/demo
-	$(BIN)/sdbatch gallery out/demo
+	$(BIN)/sdbatch report out/demo
 
 test: $(VENV)/.developer system-packages
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup

@@ -85,7 +85,7 @@ class JobFailed(SdbatchError):
 
 
 class BudgetSpent(JobFailed):
-    """The job reached a limit that its spec sets, such as what it may cost."""
+    """The job reached a limit that its spec sets, such as what it may cost or how many images may fail."""
 
 
 class Interrupted(BaseException):

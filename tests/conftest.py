@@ -30,6 +30,8 @@ torch.set_num_threads(1)
 os.environ.setdefault("RAY_worker_niceness", "0")
 #: Speeds of jobs run here are none of the user's record.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".work/tests-cache")
+#: Metrics are told every ten seconds, by default.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 hypothesis.settings.register_profile("sdbatch", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sdbatch")
 

@@ -24,11 +24,13 @@ COMMANDS = (
     "schedule",
     "doctor",
     "status",
+    "watch",
     "verify",
     "errors",
     "retry",
     "repair",
-    "gallery",
+    "report",
+    "remake",
     "inspect",
     "bench",
     "evaluate",
@@ -62,7 +64,10 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == f"sdbatch {__version__}"
 
 
-@pytest.mark.parametrize("arguments", [["statos"], ["status"], ["run", "a", "b"], ["gallery", "x", "--limit", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["statos"], ["status"], ["run", "a", "b"], ["report", "x", "--limit", "0"], ["watch", "x", "--every", "0"]],
+)
 def test_usage_errors_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.call(arguments) == 2
     assert "sdbatch --help" in capsys.readouterr().err

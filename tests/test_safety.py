@@ -34,6 +34,7 @@ from sdbatch.errors import ModelError, SpecError
 from sdbatch.spec import load_spec
 from sdbatch.storage import Store, open_store
 from tests.conftest import CommandLine
+from tests.report.reading import read_report
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 Write = Callable[..., Path]
@@ -132,20 +133,30 @@ class Page(HTMLParser):
 
 
 def refuse_markup(page: Page) -> None:
-    assert not page.elements.keys() & {"script", "iframe", "object", "embed", "form", "base", "link", "a", "svg", "i"}
-    assert page.elements["img"] == page.elements["li"]
-    assert page.elements["b"] == 2  # how many were made, how many were not
+    assert not page.elements.keys() & {"iframe", "object", "embed", "form", "base", "a", "svg", "i", "b", "img"}
+    assert page.elements["script"] == 4  # the summary, the rows, the thumbnails, and the page's own
+    assert (page.elements["ul"], page.elements["li"], page.elements["title"], page.elements["h1"]) == (1, 0, 1, 1)
     assert page.attributes <= {
         *(("meta", name) for name in ("charset", "name", "content", "http-equiv")),
-        *(("img", name) for name in ("src", "alt", "loading", "width", "height")),
-        *((name, "class") for name in ("p", "ul", "li", "div", "section")),
+        *(("script", name) for name in ("type", "id")),
+        *(("link", name) for name in ("rel", "href")),
+        *((name, "id") for name in ("p", "ul", "div", "section", "dialog", "button", "input")),
+        *((name, "hidden") for name in ("p", "div", "section")),
+        *((name, "aria-label") for name in ("section", "ul", "dialog", "button", "input")),
+        *((name, "type") for name in ("button", "input")),
+        *(("input", name) for name in ("placeholder", "autocomplete", "spellcheck")),
         ("html", "lang"),
-        ("p", "title"),
+        ("p", "class"),
+        ("p", "aria-live"),
+        ("button", "title"),
     }
-    assert all(re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", source) for source in page.sources)
+    assert page.sources == []
     (policy,) = page.policies
-    assert "default-src 'none'" in policy
-    assert "script-src" not in policy
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == rules.pop("base-uri") == rules.pop("form-action") == "'none'"
+    assert re.fullmatch(r"'sha256-[A-Za-z0-9+/=]{44}'", rules.pop("script-src"))
+    assert re.fullmatch(r"'sha256-[A-Za-z0-9+/=]{44}'", rules.pop("style-src"))
+    assert rules == {"img-src": "'self' file: data:"}
 
 
 def test_ids_and_columns_never_become_paths_markup_or_orders_to_a_terminal(
@@ -171,11 +182,11 @@ def test_ids_and_columns_never_become_paths_markup_or_orders_to_a_terminal(
         for key in [entry.key for entry in open_store(str(tmp_path / form)).list()]:
             assert re.fullmatch(r"[A-Za-z0-9_./-]+", key)
             assert all(len(part) < 200 for part in key.split("/"))
-        sdbatch("gallery", form)
-        page = Page((tmp_path / form / "gallery.html").read_bytes().decode())
-        refuse_markup(page)
-        assert page.elements["li"] == len(IDS) + 1
-        assert all(f"{name}-0" in page.text for name in [*IDS, *FAULTY])
+        sdbatch("report", form)
+        refuse_markup(Page((tmp_path / form / "report.html").read_bytes().decode()))
+        _, shown, thumbnails = read_report(tmp_path / form / "report.html")
+        assert {row["image_id"] for row in shown} == rows.keys()
+        assert sum(map(bool, thumbnails)) == len(IDS) + 1
         told += sdbatch("errors", form).stderr + sdbatch("status", form).stderr
         assert control_characters(told) == set()
     assert everything_in(tmp_path) - before - {"job.yaml"} == {
@@ -454,7 +465,7 @@ def test_credentials_are_in_nothing_that_a_job_leaves_behind(
     open_store(f"s3://{bucket}").put("p.csv", b"prompt\na red circle\n\na blue ring\n")
     job = write_job(input={"uri": f"s3://{bucket}/p.csv"}, output={"uri": store.uri})
     ended = [sdbatch(command, job) for command in ("validate", "plan", "run")]
-    ended += [sdbatch(command, store.uri) for command in ("status", "verify", "errors", "gallery")]
+    ended += [sdbatch(command, store.uri) for command in ("status", "watch", "verify", "errors", "report")]
     ended.append(sdbatch("run", write_job(output={"uri": "s3://no-such-bucket/x"}), code=2))
     told = [(f"command {i}", end.stdout + end.stderr) for i, end in enumerate(ended)]
     node: Any = ray._private.worker._global_node

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import bench, clusters, evaluation, jobs, models, results, training
+from sdbatch.cli import bench, clusters, evaluation, jobs, models, progress, results, training
 from sdbatch.cli.console import people, plain, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -31,12 +31,14 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     clusters.submit,
     clusters.schedule,
     clusters.doctor,
-    results.status,
+    progress.status,
+    progress.watch,
     results.verify,
     results.errors,
     results.retry,
     results.repair,
-    results.gallery,
+    results.report,
+    results.remake,
     models.inspect,
     bench.bench,
     evaluation.evaluate,

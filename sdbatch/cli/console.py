@@ -116,7 +116,9 @@ def watching() -> Iterator[Watch]:
 
 
 def span(seconds: float) -> str:
-    """A length of time for people."""
+    """A length of time in words."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours / 24:,.0f} days"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -37,8 +37,10 @@ Show = Annotated[
 def validate(job: Job, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
     """Check a job spec, its input, model and output, and say every mistake."""
     from sdbatch.engine.planner import prepare  # Ray and torch take seconds to import: only where they are needed
+    from sdbatch.engine.webhook import check_notify
 
     spec = load_spec(job, set_, date and date.date())
+    check_notify(spec.notify)
     prepared = prepare(spec)
     size = sum(file.bytes for file in prepared.table.files)
     if as_json:
@@ -163,7 +165,7 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
             told["done"] = "there was nothing left to make"
         if status.quarantined:
             told["quarantined"] = f"[red]{status.quarantined:,}[/], see: sdbatch errors {output}"
-        told["look"] = f"sdbatch gallery {output}"
+        told["look"] = f"sdbatch report {output}"
         facts(told)
         tell(*bill_lines(outcome.bill))
     if status.quarantined:

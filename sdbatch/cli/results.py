@@ -1,43 +1,26 @@
-"""Commands that take an output: status, verify, errors, retry, repair, gallery."""
+"""Commands that take an output: verify, errors, retry, repair, report, remake."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from sdbatch import ledger, report
+from sdbatch import ledger
 from sdbatch.cli.console import bar, facts, plain, print_json, tell, watching
 from sdbatch.cli.jobs import Set, report_outcome
-from sdbatch.errors import OutputError, StorageError
+from sdbatch.errors import OutputError, StorageError, UsageError
 from sdbatch.outputs import opens, read_pictures, read_stored
+from sdbatch.report import write_report
 from sdbatch.storage import Store, open_store
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output of a job: a folder or s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 _SHOWN = 20
-
-
-def status(output: Output, as_json: Json = False) -> None:
-    """Tell how far a job is."""
-    found = ledger.read_status(_open(output))
-    if as_json:
-        print_json({**asdict(found), "remaining": found.remaining})
-        return
-    tell(f"[bold]{plain(found.name)}[/] is {found.state}")
-    facts(
-        {
-            "planned": f"{found.planned:,}",
-            "committed": f"{found.committed:,}",
-            "quarantined": f"[red]{found.quarantined:,}[/]" if found.quarantined else "0",
-            "remaining": f"{found.remaining:,}",
-            "shards": f"{found.shards_committed:,} of {found.shards:,}",
-            "size": f"{found.bytes / 1e6:,.1f} MB",
-        }
-    )
 
 
 def verify(
@@ -47,7 +30,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove from the stored bytes that every planned image ended exactly once."""
-    store = _open(output)
+    store = open_output(output)
     with bar("verifying") as update:
         verdict = ledger.verify(
             store, read_stored, opens, lambda done, total: update(done, total, "shards"), sample=sample
@@ -88,7 +71,7 @@ def retry(output: Output, set_: Set = [], as_json: Json = False) -> None:  # noq
     """Run the quarantined requests again, with the same seeds."""
     from sdbatch.engine.mending import retry as make_again
 
-    store = _open(output)
+    store = open_output(output)
     with watching() as watch:
         outcome = make_again(store, set_, watch)
     report_outcome(outcome, as_json=as_json)
@@ -98,7 +81,7 @@ def repair(output: Output, as_json: Json = False) -> None:
     """Make again what 'verify' finds missing or altered."""
     from sdbatch.engine.mending import repair as make_again
 
-    store = _open(output)
+    store = open_output(output)
     with watching() as watch, bar("verifying") as update:
         outcome = make_again(store, watch, lambda done, total: update(done, total, "shards"))
     report_outcome(outcome, as_json=as_json)
@@ -106,7 +89,7 @@ def repair(output: Output, as_json: Json = False) -> None:
 
 def errors(output: Output, as_json: Json = False) -> None:
     """List the quarantined requests, each with its error."""
-    found = ledger.failures(_open(output))
+    found = ledger.failures(open_output(output))
     if as_json:
         print_json(found)
         return
@@ -115,20 +98,53 @@ def errors(output: Output, as_json: Json = False) -> None:
         tell(f"  [bold]{plain(failure['image_id'])}[/]  {plain(failure['error'])}")
 
 
-def gallery(
+def report(
     output: Output,
-    limit: Annotated[int, typer.Option(min=1, help="Show at most this many pictures.")] = 500,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many images.")] = 100_000,
     as_json: Json = False,
 ) -> None:
-    """Write one page with the pictures, their prompts and parameters."""
-    page = report.write_gallery(_open(output), read_pictures, limit)
+    """Write one page on the job: progress, failures, scores, and its pictures to search and look through."""
+    with bar("thumbnails") as update:
+        page = write_report(
+            open_output(output), read_pictures, limit, lambda done, total: update(done, total, "images")
+        )
     if as_json:
         print_json(page)
         return
-    tell(f"[green]✓[/] {page.shown:,} of {page.committed:,} pictures on one page: {plain(page.uri)}")
+    tell(f"[green]✓[/] {page.shown:,} images on one page of {page.bytes / 1e6:,.1f} MB: {plain(page.uri)}")
+    if page.files:
+        tell(f"  beside it {page.files:,} files of {page.files_bytes / 1e6:,.1f} MB, in report/")
 
 
-def _open(output: str) -> Store:
+def remake(
+    output: Output,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Its image_id, or SHARD/POSITION.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="Where the picture is written.")],
+    as_json: Json = False,
+) -> None:
+    """Make one picture again, as it was planned, and compare its bytes with the stored ones."""
+    if to.is_dir() or not to.absolute().parent.is_dir():
+        raise UsageError(f"--to: {plain(str(to))} should name a file in a folder that is there")
+    from sdbatch.engine.remake import remake as make_again  # Ray and torch take seconds to import
+
+    found = make_again(open_output(output), image)
+    try:
+        to.write_bytes(found.data)
+    except OSError as error:
+        raise UsageError(f"--to: {plain(str(to))} can't be written: {error.strerror}") from None
+    if as_json:
+        print_json({"image_id": found.image_id, "file": str(to), "same": found.same, "differs": list(found.differs)})
+    elif found.same:
+        tell(f"[green]✓[/] {plain(found.image_id)} is made again, with the stored bytes: {plain(str(to))}")
+    else:
+        tell(f"[red]✗[/] {plain(found.image_id)} is made again, and its bytes are others: {plain(str(to))}")
+        tell(*(f"  {plain(line)}" for line in found.differs))
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def open_output(output: str) -> Store:
+    """The store of a job's output. Raises OutputError."""
     try:
         return open_store(output)
     except StorageError as error:

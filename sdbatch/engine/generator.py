@@ -25,6 +25,7 @@ from sdbatch import __version__
 from sdbatch.engine.batching import device_bytes, too_large
 from sdbatch.engine.image_model import ImageModel
 from sdbatch.engine.logbook import Mark, Pen
+from sdbatch.engine.metrics import ActorMetrics
 from sdbatch.engine.models import footprint, load_model
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
@@ -84,6 +85,9 @@ class Generator:
         self.spec: JobSpec = parse_spec(spec)
         self.job = job
         self._pen = pen or Pen()
+        self._metrics = (
+            ActorMetrics(self.spec.name, job.model_name) if pen is not None else None
+        )  # outside the pool: none
         self._pictures_at = self.spec.input.uri
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
@@ -110,6 +114,8 @@ class Generator:
 
     def images_made(self) -> int:
         """Images that left the model so far; asked now and then for the progress bar."""
+        if self._metrics is not None:
+            self._metrics.look()
         return self._made
 
     def longest_batch(self) -> float:
@@ -159,6 +165,7 @@ class Generator:
                     began = time.perf_counter()
                     results = self._model_thread.submit(self._make_marked, shard, attempts, first, batch).result()
                     model_seconds += time.perf_counter() - began
+                    self._tell("model", began)
                     batches += 1
                     last = first + size >= len(requests)
                     finishing.append(self._finishers.submit(self._finish, shard, batch, results, last, turn))
@@ -168,7 +175,9 @@ class Generator:
         made = {position: end for done in finishing for position, end in done.result().items()}
         ended = [end for _, end in sorted((settled | made).items())]
         seconds = {"model": model_seconds, "shard": time.perf_counter() - started}
+        began = time.perf_counter()
         record = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
+        self._tell("commit", began)
         sizes = [len(end.picture.data) for end in made.values() if end.picture is not None]
         measured = measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
         failed, shape = len(made) - len(sizes), shape_of(shard)
@@ -195,6 +204,11 @@ class Generator:
         self._drawn.add(shape)
         return Measured(firsts=1, first_seconds=seconds)
 
+    def _tell(self, stage: str, began: float) -> None:
+        """Tell who measures that a stage is over."""
+        if self._metrics is not None:
+            self._metrics.stage(stage, time.perf_counter() - began)
+
     def _settled(self, shard: Shard, requests: Sequence[ImageRequest]) -> dict[int, Ended]:
         """Position → what needs not be made: an earlier edition's, or what a writer who is gone had finished."""
         kept = self._committer.writer.kept(shard.stem)
@@ -205,25 +219,31 @@ class Generator:
             settled[position] = Ended(row, EncodedPicture(position, row, data))
         return settled
 
-    def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
-        """Make some of a shard's pictures again, each in its slot, and store nothing: sha256 by position.
+    def made_again(self, shard: Shard, positions: Sequence[int]) -> dict[int, bytes | None]:
+        """Make some of a shard's pictures again, each in its slot, and store nothing: bytes by position.
 
-        Of a signed picture that of its pixels: no two signatures are alike. None for a request that fails.
+        None for a request that fails. Signed pictures come without their signatures.
         """
         requests, size = self._requests(shard), self.spec.resources.at_once
-        sums: dict[int, str | None] = {}
+        made: dict[int, bytes | None] = {}
         for first in range(0, len(requests), size):
             batch = {position: requests[position] for position in positions if first <= position < first + size}
             results = self._model_thread.submit(self._make, first, batch).result() if batch else {}
             for position, result in results.items():
-                sums[position] = None
+                made[position] = None
                 if not isinstance(result, Refused):
                     pixels, truncated = result
                     row = metadata_row(self.job, shard.number, requests[position], truncated=truncated)
-                    data = self._encoded(pixels, shard, row)
-                    signed = self.spec.output.c2pa is not None
-                    sums[position] = pixels_sum(data) if signed else hashlib.sha256(data).hexdigest()
-        return sums
+                    made[position] = self._encoded(pixels, shard, row)
+        return made
+
+    def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
+        """The sha256 of pictures made again, of a signed one that of its pixels: no two signatures are alike."""
+        signed = self.spec.output.c2pa is not None
+        return {
+            at: None if data is None else pixels_sum(data) if signed else hashlib.sha256(data).hexdigest()
+            for at, data in self.made_again(shard, positions).items()
+        }
 
     # -- one batch ---------------------------------------------------------------------------------------
 
@@ -332,8 +352,10 @@ class Generator:
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool, begun: float
     ) -> dict[int, Ended]:
         """Encode the pictures of a batch and make them outlive this process."""
+        began = time.perf_counter()
         rows, pictures = self._as_files(shard, batch, results)
         kept = self._committer.writer.keep(shard.stem, pictures, last=last)
+        self._tell("finish", began)
         if kept and not last:  # the last ones outlive it only with the whole shard
             self._pen.kept()
         self._longest = max(self._longest, time.perf_counter() - begun)

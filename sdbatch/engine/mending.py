@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sdbatch.engine.planner import Prepared, prepare
 from sdbatch.engine.runner import Outcome, Watch, driving, finish
+from sdbatch.engine.webhook import check_notify, telling
 from sdbatch.errors import Problem, SpecError, UsageError
 from sdbatch.ledger import (
     Again,
@@ -31,6 +32,7 @@ _CHANGEABLE = (
     "model.",
     "resources.",
     "failures.",
+    "notify.",
     "output.image.",
     "output.c2pa.",
     "generate.eta",
@@ -83,7 +85,8 @@ def _again(
     started = time.perf_counter()
     job = read_job(store)
     prepared = prepared_again(store, job, changed)
-    with driving(prepared, watch) as check:
+    check_notify(prepared.spec.notify)
+    with telling(prepared.spec, store), driving(prepared, watch) as (watch, check):
         last = newest_round(store)
         if last is not None and not last.finished(Commits(store)):
             finish(prepared, job, watch, check, started)

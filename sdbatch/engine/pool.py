@@ -66,14 +66,29 @@ class _Member:
         return 0.0 if self.since is None else time.monotonic() - self.since
 
 
+@dataclass(frozen=True)
+class Worker:
+    """An actor as the driver last saw it. ``state``: loading, at work, waiting."""
+
+    number: int
+    node: str
+    state: str
+    images: int
+    shards: tuple[int, ...]  # that it holds
+
+
 class Pool:
-    """Generator actors for one job. ``on_look(images_made, ready, deaths)`` is called about once a second.
+    """Generator actors for one job. ``on_look(images_made, crew, deaths)`` is called about once a second.
 
     Before the purse is overdrawn the pool stops: what is in work is ended with the batch and kept, see ``stopped``.
     """
 
     def __init__(
-        self, spec: JobSpec, job: Job, on_look: Callable[[int, int, int], None], purse: Purse = _BOTTOMLESS
+        self,
+        spec: JobSpec,
+        job: Job,
+        on_look: Callable[[int, tuple[Worker, ...], int], None],
+        purse: Purse = _BOTTOMLESS,
     ) -> None:
         self._spec, self._on_look, self._purse = spec, on_look, purse
         resources = spec.resources
@@ -263,9 +278,17 @@ class Pool:
                     continue  # its shards will tell
                 member.since = member.since or self._looked  # it may have been there since
         self._stop_in_time()
-        made = sum(max(member.made, member.delivered) for member in self._members)
-        ready = sum(member.ready for member in self._members)
-        self._on_look(self._delivered + made, ready, self.deaths)
+        crew = tuple(
+            Worker(
+                member.number,
+                member.node,
+                "loading" if not member.ready else "at work" if member.held else "waiting",
+                max(member.made, member.delivered),
+                tuple(shard.number for shard in member.held.values()),
+            )
+            for member in self._members
+        )
+        self._on_look(self._delivered + sum(worker.images for worker in crew), crew, self.deaths)
 
     def _stop_in_time(self) -> None:
         """Stop while the purse still pays for the batches in work. Who is told to halt is told only once."""

@@ -14,11 +14,14 @@ from sdbatch.engine.cluster import check_capacity, ray_session
 from sdbatch.engine.collector import Collector
 from sdbatch.engine.forecast import Forecast, forecast
 from sdbatch.engine.generator import Receipt
+from sdbatch.engine.live import Live
+from sdbatch.engine.metrics import DriverMetrics
 from sdbatch.engine.planner import Prepared, extend_plan, find_plan, first_requests, input_changed, make_plan, prepare
-from sdbatch.engine.pool import Pool
+from sdbatch.engine.pool import Pool, Worker
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.engine.speeds import shape_of
-from sdbatch.errors import JobFailed
+from sdbatch.engine.webhook import check_notify, telling
+from sdbatch.errors import BudgetSpent
 from sdbatch.ledger import (
     Commits,
     Job,
@@ -49,7 +52,8 @@ class Snapshot:
     committed: int = 0  # with all that earlier runs finished
     quarantined: int = 0
     in_flight: int = 0  # made, but not committed yet
-    actors: int = 0
+    actors: int = 0  # whose model is loaded
+    crew: tuple[Worker, ...] = ()  # they and those that still load
     deaths: int = 0
     note: str = ""  # what is being waited for
 
@@ -126,12 +130,13 @@ def run(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Outcome:
     """
     started = time.perf_counter()
     watch(Snapshot())
+    check_notify(spec.notify)
     prepared = prepare(spec)
     standing = job = find_plan(prepared, extend)
     grown = extend and job is not None and input_changed(prepared, job)
     if job is not None and not grown and (status := read_status(prepared.store)).state == "complete":
         return Outcome(status, 0, 0, time.perf_counter() - started, 0.0, 0)
-    with driving(prepared, watch) as check:
+    with telling(spec, prepared.store), driving(prepared, watch) as (watch, check):
         began = time.perf_counter()
         if job is None or grown:
             job = _plan(prepared, job, watch)
@@ -140,15 +145,19 @@ def run(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Outcome:
 
 
 @contextmanager
-def driving(prepared: Prepared, watch: Watch) -> Iterator[Check]:
-    """The output's lease, and Ray with room for an actor. Raises BudgetSpent where no money is left."""
+def driving(prepared: Prepared, watch: Watch) -> Iterator[tuple[Watch, Check]]:
+    """The output's lease, and Ray with room for an actor. Yields a watch that others can follow, too.
+
+    Raises BudgetSpent where no money is left.
+    """
     check_budget(prepared.store, prepared.spec.resources)
+    live = Live(watch)
     with (
-        hold_lease(prepared.store, lambda told: watch(Snapshot("waiting", note=told))) as check,
+        hold_lease(prepared.store, lambda told: watch(Snapshot("waiting", note=told)), live.tell) as check,
         ray_session(prepared.spec.resources),
     ):
         check_capacity(prepared.spec.resources)
-        yield check
+        yield live, check
 
 
 def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: float, planning: float = 0.0) -> Outcome:
@@ -176,6 +185,7 @@ class _Making:
         self._now = Snapshot("loading", 0, job.planned, totals.committed, totals.quarantined)
         self._made = self._failed = self._batches = self._deaths_before = 0
         self._ready_at: float | None = None
+        self._metrics = DriverMetrics(prepared.spec.name, job.model_name)
 
     def edition(self, shards: Shards, spec: JobSpec, edition: int) -> None:
         """Have all of the shards made that are not there in this edition."""
@@ -220,15 +230,18 @@ class _Making:
             bill=self._account.bill(),
         )
 
-    def _look(self, images: int, ready: int, deaths: int) -> None:
+    def _look(self, images: int, crew: tuple[Worker, ...], deaths: int) -> None:
         """What the pool tells about once a second."""
         self._check()
         self._account.line()
+        ready = sum(worker.state != "loading" for worker in crew)
+        self._metrics.look(self._now.planned, self._now.finished, ready, self._deaths_before + deaths)
         self._now = replace(
             self._now,
             stage="making" if ready else "loading",
             in_flight=max(images - self._made, 0),
             actors=ready,
+            crew=crew,
             deaths=self._deaths_before + deaths,
         )
         self._watch(self._now)
@@ -237,6 +250,7 @@ class _Making:
         """A shard is done. Raises JobFailed when too much of the job has failed."""
         self._failed += receipt.failed_making
         self._batches += receipt.batches
+        self._metrics.counted(receipt.committed, receipt.quarantined, receipt.batches)
         self._now = replace(
             self._now,
             committed=self._now.committed + receipt.committed,
@@ -246,7 +260,7 @@ class _Making:
         self._watch(self._now)
         fraction = spec.failures.max_failed_fraction
         if self._failed > max(fraction * self._job.planned, _FEW_FAILURES):
-            raise JobFailed(
+            raise BudgetSpent(
                 f"{self._failed} images failed while being made, more than failures.max_failed_fraction "
                 f"({fraction:g}) allows; see 'sdbatch errors {self._store.uri}'"
             )

@@ -23,6 +23,7 @@ from sdbatch.ledger import (
     Job,
     Round,
     Shard,
+    count_reasons,
     find_commit,
     put_commit,
     read_collected,
@@ -172,6 +173,7 @@ class ShardCommitter:
             replaced={}
             if before is None
             else {"committed": before.committed, "quarantined": before.quarantined, "bytes": before.bytes},
+            replaced_reasons={} if before is None else count_reasons(before.failures),
         )
         if not put_commit(self._store, record):
             standing = find_commit(self._store, shard)

@@ -11,7 +11,7 @@ from sdbatch.ledger.commits import (
     read_totals,
     renew_totals,
 )
-from sdbatch.ledger.lease import hold_lease
+from sdbatch.ledger.lease import DEAD, Driver, hold_lease, read_driver
 from sdbatch.ledger.plan import (
     Job,
     Part,
@@ -30,18 +30,22 @@ from sdbatch.ledger.plan import (
     write_slice,
     write_slice_rows,
 )
-from sdbatch.ledger.progress import Status, failures, read_status
+from sdbatch.ledger.progress import Progress, Status, failures, read_progress, read_status
+from sdbatch.ledger.reasons import count_reasons, reason
 from sdbatch.ledger.rounds import Again, Round, newest_round, put_round, read_round
 from sdbatch.ledger.runs import Run, begin_run, dollars, put_run, read_runs, spent_usd
 from sdbatch.ledger.verify import Findings, Verdict, examine, verify
 
 __all__ = [
+    "DEAD",
     "Again",
     "CommitRecord",
     "Commits",
+    "Driver",
     "Findings",
     "Job",
     "Part",
+    "Progress",
     "Round",
     "Run",
     "Shard",
@@ -51,6 +55,7 @@ __all__ = [
     "Verdict",
     "begin_run",
     "collect",
+    "count_reasons",
     "dollars",
     "examine",
     "failures",
@@ -64,7 +69,9 @@ __all__ = [
     "put_run",
     "put_totals",
     "read_collected",
+    "read_driver",
     "read_job",
+    "read_progress",
     "read_round",
     "read_runs",
     "read_shards",
@@ -72,6 +79,7 @@ __all__ = [
     "read_slice_rows",
     "read_status",
     "read_totals",
+    "reason",
     "refuse_changes",
     "renew_totals",
     "shard_stem",

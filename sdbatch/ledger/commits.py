@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger.plan import Shard, shard_stem
+from sdbatch.ledger.reasons import count_reasons, summed
 from sdbatch.storage import Store
 
 _SINGLE = "_sdbatch/commits/"
@@ -33,6 +34,7 @@ TOTALS_KEY = f"{_COLLECTED}totals.json"
 _READERS = 16
 #: Whatever a record says can be found again from the metadata of its shard.
 _REMEDY = "remove it and run the job again, which makes nothing that is there"
+_RECENT = 32  # newest records that tell how fast a job is
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CommitRecord:
     finished_at: float  # seconds since 1970
     edition: int = 1
     replaced: dict[str, int] = field(default_factory=dict)  # committed, quarantined, bytes of the edition before
+    replaced_reasons: dict[str, int] = field(default_factory=dict)  # why it had quarantined how many
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,21 @@ class Totals:
     quarantined: int = 0
     bytes: int = 0
     model_seconds: float = 0.0
+    reasons: dict[str, int] = field(default_factory=dict)  # why → how many are quarantined
 
     def plus(self, records: Iterable[CommitRecord]) -> Totals:
         """An edition counts what it has more than the one before."""
         shards, committed, quarantined, size = self.shards, self.committed, self.quarantined, self.bytes
-        seconds = self.model_seconds
+        seconds, reasons = self.model_seconds, self.reasons
         for record in records:
             shards += record.edition == 1
             committed += record.committed - record.replaced.get("committed", 0)
             quarantined += record.quarantined - record.replaced.get("quarantined", 0)
             size += record.bytes - record.replaced.get("bytes", 0)
             seconds += record.seconds.get("model", 0.0)
-        return Totals(shards, committed, quarantined, size, round(seconds, 4))
+            if record.failures or record.replaced_reasons:
+                reasons = summed(reasons, count_reasons(record.failures), record.replaced_reasons)
+        return Totals(shards, committed, quarantined, size, round(seconds, 4), reasons)
 
 
 def commit_key(shard: int, slice_number: int, edition: int = 1) -> str:
@@ -184,9 +190,19 @@ def read_collected(store: Store, number: int, edition: int) -> list[CommitRecord
 
 def read_totals(store: Store) -> Totals:
     """Sums over all records: the stored sums, collections that these don't know yet, single records."""
+    return read_sums(store)[0]
+
+
+def read_sums(store: Store) -> tuple[Totals, list[CommitRecord]]:
+    """Sums over all records, and some of the newest records: as many as are read for the sums, or a few more."""
     stored = _stored_totals(store)  # before the listing, which then has all that they know
     commits = Commits(store)
-    return _sums_of_collections(store, commits, stored).plus(commits.uncollected())
+    recent = list(commits.uncollected())
+    totals = _sums_of_collections(store, commits, stored).plus(recent)
+    if len(recent) < _RECENT and commits.collected:
+        edition, number = max((edition, number) for number, edition in commits.collected)
+        recent += read_collected(store, number, edition)
+    return totals, sorted(recent, key=lambda record: record.finished_at)
 
 
 def put_totals(store: Store) -> None:
@@ -207,8 +223,9 @@ def _stored_totals(store: Store) -> tuple[Totals, set[tuple[int, int]]]:
     try:
         content: dict[str, Any] = json.loads(store.get(TOTALS_KEY))
         slices = {(int(number), int(edition)) for number, edition in content.pop("slices")}
+        content["reasons"].items()  # sums of a release that did not keep them are made anew
         return Totals(**content), slices
-    except (ObjectNotFound, ValueError, TypeError, KeyError):
+    except (ObjectNotFound, ValueError, TypeError, KeyError, AttributeError):
         return Totals(), set()
 
 

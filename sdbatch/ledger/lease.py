@@ -1,7 +1,8 @@
 """The lease: at most one driver works on an output, as far as that can be known.
 
     _sdbatch/lease/0000001.json        who took it; written once, so of two drivers one has it
-    _sdbatch/lease/0000001.beat.json   its heartbeat, written anew every few seconds, by the holder alone
+    _sdbatch/lease/0000001.beat.json   its heartbeat, written anew every few seconds, by the holder alone: that it is
+                                       alive, and what it would like to be known of its work
 
 A driver is alive while its heartbeat changes, seen by the clock of who looks. One that ended says so in its last beat,
 and one whose process is gone from the same machine need not be waited for. Who takes over writes the next number. The
@@ -16,8 +17,9 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,17 @@ _held: set[str] = set()
 
 @contextmanager
 def hold_lease(
-    store: Store, on_wait: Callable[[str], None], *, beat: float = BEAT, dead: float = DEAD
+    store: Store,
+    on_wait: Callable[[str], None],
+    tell: Callable[[], Mapping[str, Any]] = dict,
+    *,
+    beat: float = BEAT,
+    dead: float = DEAD,
 ) -> Iterator[Callable[[], None]]:
     """Hold the output's lease. Yields a check that raises OutputError once another driver has taken over.
 
     Raises OutputError while another driver holds it and is alive; ``on_wait`` hears of whom it takes a while to tell.
+    What ``tell`` says goes with every heartbeat, for whoever watches.
     """
     number = _newest(store)
     if number and not _is_over(store, number, on_wait, dead):
@@ -56,7 +64,7 @@ def hold_lease(
         for old in range(max(number - 2 * _KEPT, 1), number - _KEPT + 1):
             store.delete(_beat_key(old))
             store.delete(_key(old))
-        heart = _Heart(store, number, beat)
+        heart = _Heart(store, number, beat, tell)
         heart.start()
         try:
             yield heart.check
@@ -69,9 +77,9 @@ def hold_lease(
 class _Heart(threading.Thread):
     """Beats until it is stopped, and notices a successor."""
 
-    def __init__(self, store: Store, number: int, pause: float) -> None:
+    def __init__(self, store: Store, number: int, pause: float, tell: Callable[[], Mapping[str, Any]]) -> None:
         super().__init__(name="lease", daemon=True)
-        self._store, self._number, self._pause = store, number, pause
+        self._store, self._number, self._pause, self._tell = store, number, pause, tell
         self._stopped = threading.Event()
         self._lost = False
         self._beat({"beat": 0})
@@ -102,7 +110,36 @@ class _Heart(threading.Thread):
                 return
 
     def _beat(self, content: dict[str, Any]) -> None:
-        self._store.put(_beat_key(self._number), json.dumps(content).encode())
+        told = {**content, "at": round(time.time(), 3), "now": dict(self._tell())}
+        self._store.put(_beat_key(self._number), json.dumps(told).encode())
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The driver that holds the lease, or held it last. ``state``: alive, ended, dead, silent (nobody can tell why)."""
+
+    state: str
+    host: str
+    pid: int
+    seconds_silent: float  # since its last heartbeat, by the two machines' clocks
+    now: dict[str, Any]  # what it told of its work
+
+
+def read_driver(store: Store) -> Driver | None:
+    """The driver of this output as one look finds it; None where there never was one."""
+    number = _newest(store)
+    holder, beat = _read(store, _key(number)), _read(store, _beat_key(number))
+    if not holder:
+        return None
+    silent = max(time.time() - float(beat.get("at", 0)), 0.0)
+    if beat.get("ended"):
+        state = "ended"
+    elif holder.get("boot") == _boot() != "":
+        state = "alive" if _is_alive_here(holder) else "dead"
+    else:
+        state = "alive" if silent < DEAD else "silent"
+    now = beat["now"] if isinstance(beat.get("now"), dict) else {}
+    return Driver(state, str(holder.get("host")), int(holder.get("pid", 0)), round(silent, 1), now)
 
 
 def _is_over(store: Store, number: int, on_wait: Callable[[str], None], dead: float) -> bool:

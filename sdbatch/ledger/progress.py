@@ -1,14 +1,22 @@
-"""How far a job is, read from the ledger alone."""
+"""How far a job is and how fast it goes, read from the ledger alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
-from sdbatch.ledger.commits import Commits, read_totals
-from sdbatch.ledger.plan import read_job
+from sdbatch.ledger.commits import CommitRecord, Commits, Totals, read_sums, read_totals
+from sdbatch.ledger.lease import Driver, read_driver
+from sdbatch.ledger.plan import Job, read_job
 from sdbatch.ledger.rounds import newest_round
 from sdbatch.storage import Store
+
+#: Records that tell a job's speed, and what between two of them is a pause: so many times the median, and seconds.
+_NEWEST = 64
+_PAUSE_TIMES, _PAUSE_SECONDS = 20, 60.0
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,62 @@ class Status:
         return self.planned - self.committed - self.quarantined
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A job's status, its speed, why requests are quarantined, and who is at work."""
+
+    status: Status
+    images_per_second: float  # lately; 0 where nothing can be told
+    reasons: Mapping[str, int]
+    driver: Driver | None
+
+    @property
+    def at_work(self) -> bool:
+        return self.driver is not None and self.driver.state == "alive"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None where nobody can tell."""
+        made = self.status.remaining - (int(self.driver.now.get("in_flight", 0)) if self.at_work and self.driver else 0)
+        return max(made, 0) / self.images_per_second if self.images_per_second and self.status.remaining else None
+
+
 def read_status(store: Store) -> Status:
     """The status of the job in this output. Raises OutputError where there is none.
 
     Reads a few kilobytes, however large the job: sums, and the records of slices that are being made.
     """
-    job, again = read_job(store), newest_round(store)
+    return _status(store, read_job(store), read_totals(store))
+
+
+def read_progress(store: Store) -> Progress:
+    """The status and all that goes with it, from as little. Raises OutputError where there is no job."""
+    job = read_job(store)
+    totals, recent = read_sums(store)
+    status, driver = _status(store, job, totals), read_driver(store)
+    told = driver.now.get("images_per_second") if driver is not None and driver.state == "alive" else None
+    rate = float(told) if isinstance(told, int | float) and told > 0 else images_per_second(recent)
+    return Progress(status, round(rate, 3), totals.reasons, driver)
+
+
+def images_per_second(records: Sequence[CommitRecord]) -> float:
+    """How fast images were finished lately, since the last pause; 0 where the records don't tell.
+
+    ``records`` are in the order of their ends.
+    """
+    newest = [record for record in records if record.seconds][-_NEWEST:]  # what the driver refused took no time
+    gaps = [after.finished_at - before.finished_at for before, after in pairwise(newest)]
+    if not gaps:
+        return 0.0
+    pause = max(_PAUSE_TIMES * median(gaps), _PAUSE_SECONDS)
+    first = max((place for place, gap in enumerate(gaps, 1) if gap > pause), default=0)
+    seconds = newest[-1].finished_at - newest[first].finished_at
+    return sum(record.committed for record in newest[first + 1 :]) / seconds if seconds > 0 else 0.0
+
+
+def _status(store: Store, job: Job, totals: Totals) -> Status:
+    again = newest_round(store)
     finished = again is None or again.finished(Commits(store))
-    totals = read_totals(store)
     whole = totals.shards == job.shards and finished
     return Status(
         name=job.spec["name"],

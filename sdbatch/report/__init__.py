@@ -1,5 +1,5 @@
 """Pages for people, made from the ledger and the stored pictures alone."""
 
-from sdbatch.report.gallery import Gallery, write_gallery
+from sdbatch.report.page import Report, write_report
 
-__all__ = ["Gallery", "write_gallery"]
+__all__ = ["Report", "write_report"]

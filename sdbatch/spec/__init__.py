@@ -5,6 +5,7 @@ from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
 from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
 from sdbatch.spec.matrix import MATRIX_FIELDS, combinations, words_of
 from sdbatch.spec.model import LearntWord, Lora, Model
+from sdbatch.spec.notify import Notify
 from sdbatch.spec.output import Credentials, Output, Picture
 from sdbatch.spec.prompt import Prompt
 from sdbatch.spec.resources import Failures, Resources
@@ -22,6 +23,7 @@ __all__ = [
     "LearntWord",
     "Lora",
     "Model",
+    "Notify",
     "Output",
     "Picture",
     "Prompt",

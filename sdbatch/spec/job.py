@@ -17,6 +17,7 @@ from sdbatch.spec.generate import Generate
 from sdbatch.spec.input import Input
 from sdbatch.spec.matrix import MATRIX_FIELDS, Matrix, check_matrix, fields_of, odd_sizes_of, words_of
 from sdbatch.spec.model import Model
+from sdbatch.spec.notify import Notify
 from sdbatch.spec.output import Output
 from sdbatch.spec.plain_yaml import MOST_BYTES, read_yaml, told
 from sdbatch.spec.prompt import Prompt
@@ -44,6 +45,7 @@ class JobSpec(Section):
     output: Output
     failures: Failures = Field(default_factory=lambda: Failures())
     resources: Resources = Field(default_factory=lambda: Resources())
+    notify: Notify = Field(default_factory=lambda: Notify())
 
     @field_validator("matrix")
     @classmethod
@@ -89,7 +91,7 @@ class JobSpec(Section):
         Where things lie and who does the work may change; names of columns, numbers and weights may not.
         """
         fields = self.model_dump(mode="json")
-        del fields["name"], fields["failures"]
+        del fields["name"], fields["failures"], fields["notify"]
         for who in ("actors", "usd_per_gpu_hour", "budget_usd"):
             del fields["resources"][who]
         del fields["input"]["uri"], fields["output"]["uri"], fields["model"]["uri"], fields["model"]["tokenizer"]

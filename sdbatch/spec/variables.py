@@ -59,7 +59,7 @@ def filled_in(raw: dict[str, Any], date: datetime.date) -> tuple[dict[str, Any],
     raw = {**raw}
     if "name" in raw:
         raw["name"] = fill(raw["name"], "name")
-        known = {"name": str(raw["name"]), **known}
+        known = {"name": raw["name"] if isinstance(raw["name"], str) else "", **known}
     for field in _FIELDS:
         first, *rest = field.split(".")
         if first in raw:

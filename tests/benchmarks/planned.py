@@ -20,7 +20,7 @@ def plan(root: Path, images: int, shard: int, **sections: Any) -> tuple[JobSpec,
     spec = parse_spec({"name": "bench", "input": {"uri": "x.csv"}, "output": output, **sections})
     model = find_model(spec.model)
     rows: list[dict[str, str | None]] = [{"prompt": f"a red circle above a blue ring {i}"} for i in range(images)]
-    requests = requests_of_slice(rows, 0, spec, model.facts, RowIds(False))
+    requests = list(requests_of_slice(rows, 0, spec, model.facts, RowIds(False)))
     shards = list(shards_of(cut(requests, shard)))
     part = Part("f" * 64, rows=images, slices=1, shards=len(shards), planned=images, faulty=0)
     job = Job(spec.model_dump(mode="json"), spec.deciding(), [], model.sha256, {}, (part,))

@@ -173,7 +173,7 @@ def test_a_model_that_goes_away_before_it_is_loaded_is_told_once(
     prepared = prepare(load_spec(write_job(model={"uri": str(tmp_path / "model")})))
     job = make_plan(prepared, lambda rows: None)
     shutil.rmtree(tmp_path / "model")
-    pool = Pool(prepared.located, job, lambda images, ready, deaths: None)
+    pool = Pool(prepared.located, job, lambda images, crew, deaths: None)
     with pytest.raises(ModelError, match="model"):
         list(pool.run(read_shards(prepared.store, job).makeable()))
     assert pool.deaths == 0

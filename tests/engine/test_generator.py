@@ -175,7 +175,7 @@ def test_a_cut_prompt_is_recorded(tmp_path: Path) -> None:
     planned = Planned(tmp_path)
     generator = planned.generator()
     long = dataclasses.replace(planned.requests[0], prompt="a red circle " * 40)
-    ended = generator._finish(planned.shard, {0: long}, generator._make(0, {0: long}), True)
+    ended = generator._finish(planned.shard, {0: long}, generator._make(0, {0: long}), True, 0.0)
     assert ended[0].row["truncated"] is True
     assert isinstance(ended[0].picture, EncodedPicture)
 
@@ -187,7 +187,7 @@ def test_a_picture_that_its_format_cannot_hold_is_refused(tmp_path: Path) -> Non
         update={"output": generator.spec.output.model_copy(update={"image": Picture(type="jpeg")})}
     )
     wordy = dataclasses.replace(planned.requests[0], negative_prompt="x" * 40_000)
-    ended = generator._finish(planned.shard, {0: wordy}, generator._make(0, {0: wordy}), True)
+    ended = generator._finish(planned.shard, {0: wordy}, generator._make(0, {0: wordy}), True, 0.0)
     assert ended[0].picture is None
     assert "can't be encoded as jpeg" in ended[0].row["error"]
 

@@ -49,6 +49,10 @@ def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, j
         if not row["error"]:
             assert after[name]["sha256"] == row["sha256"]
     assert after["00000003-0"]["seed"] == before["00000003-0"]["seed"]
+    assert sdbatch.json("status", "out")["reasons"] == {"the prompt is empty": 1}
+    for name in ("00000003-0", "00000002-0"):  # made by the retry, and carried over by it
+        assert sdbatch.json("remake", "out", name, "--to", "again.png")["same"]
+    assert "is quarantined: row 12" in sdbatch("remake", "out", "00000011-0", "--to", "again.png", code=2).stderr
     verdict = sdbatch.json("verify", "out")
     assert verdict["ok"]
     assert verdict["extra"] == []

@@ -145,7 +145,7 @@ def test_a_damaged_account_is_told_where_money_counts_and_stops_nothing_elsewher
     job = write_job(model={"uri": "builtin:null"}, resources={"usd_per_gpu_hour": 1.0, "budget_usd": 5.0})
     told = sdbatch("run", job, code=1).stderr
     assert "_sdbatch/runs/0000001.json is damaged" in told
-    assert "remove it to go on as if that run had taken nothing" in told
+    assert "remove it to go on without what that run took" in told
     sdbatch("run", write_job(model={"uri": "builtin:null"}))
 
 

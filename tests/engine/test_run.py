@@ -28,6 +28,7 @@ from sdbatch.prompts import image_seed
 from sdbatch.storage import LocalStore, Store, open_store
 from tests.conftest import CommandLine, Shell
 from tests.drawn import drawn
+from tests.report.reading import read_report
 
 Write = Callable[..., Path]
 COLOURS = ("red", "green", "blue", "black")
@@ -85,13 +86,13 @@ LONG: dict[str, Any] = {
 }
 
 
-def test_a_job_from_table_to_gallery(shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
+def test_a_job_from_table_to_report(shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path) -> None:
     write_prompts(tmp_path, 20)
     job = write_job(input={"keep": ["kind"]}, generate={"negative_prompt": "blur"}, resources={"actors": 2})
     assert sdbatch.json("validate", job)["ok"]
     planned = sdbatch.json("plan", job)
     assert (planned["planned"], planned["shards"], planned["batches"], planned["padding"]) == (20, 3, 5, 0)
-    assert sdbatch.json("status", "out") | {"bytes": 0} == {
+    assert sdbatch.json("status", "out") == {
         "name": "test",
         "output": str(tmp_path / "out"),
         "state": "planned",
@@ -103,6 +104,10 @@ def test_a_job_from_table_to_gallery(shell: Shell, sdbatch: CommandLine, write_j
         "bytes": 0,
         "model_seconds": 0.0,
         "remaining": 20,
+        "images_per_second": 0.0,
+        "seconds_left": None,
+        "reasons": {},
+        "driver": None,
     }
     told = shell("run", job).stderr
     assert "test is complete: 20 of 20 images" in told
@@ -131,10 +136,28 @@ def test_a_job_from_table_to_gallery(shell: Shell, sdbatch: CommandLine, write_j
     )
     assert np.array_equal(np.asarray(picture), pixels[0])
 
-    page = sdbatch.json("gallery", "out")
-    assert (page["shown"], page["committed"]) == (20, 20)
-    html = (tmp_path / "out/gallery.html").read_text()
-    assert html.count("data:image/png;base64,") == 20
+    told = sdbatch.json("status", "out")
+    assert told["images_per_second"] > 0
+    assert told["driver"]["state"] == "ended"
+    assert {worker["state"] for worker in told["driver"]["now"]["crew"]} <= {"loading", "at work", "waiting"}
+    assert "complete" in sdbatch("watch", "out").stderr
+
+    page = sdbatch.json("report", "out")
+    assert (page["shown"], page["committed"], page["files"]) == (20, 20, 0)
+    summary, shown, thumbnails = read_report(tmp_path / "out/report.html")
+    assert [row["image_id"] for row in shown] == [row["image_id"] for row in rows]
+    assert (shown[4]["seed"], shown[4]["other kind"]) == (str(rows[4]["seed"]), "1")
+    assert all(thumbnails)
+    assert sum(summary["timeline"]["images"]) == 20
+
+    for image in (rows[4]["image_id"], "1/7"):  # each in its slot of another batch
+        made = sdbatch.json("remake", "out", image, "--to", "again.png")
+        (row,) = (row for row in rows if row["image_id"] == made["image_id"])
+        assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out" / row["path"]).read_bytes()
+        assert made["same"]
+    for wrong, said in (("none", "no image none"), ("2/4", "no image 2/4"), ("9/0", "no image 9/0")):
+        assert said in sdbatch("remake", "out", wrong, "--to", "again.png", code=2).stderr
+    assert "--to: " in sdbatch("remake", "out", "1/7", "--to", "no/again.png", code=2).stderr
     again = sdbatch.json("run", job)
     assert (again["state"], again["made_now"]) == ("complete", 0)
 
@@ -148,7 +171,8 @@ def test_every_format_holds_the_same_pictures(sdbatch: CommandLine, write_job: W
         rows = pq.read_table(tmp_path / form / "metadata").to_pylist()
         assert all(row["path"].startswith("data/0000000") for row in rows)
         shown[form] = drawn(open_store(str(tmp_path / form)))
-        assert sdbatch.json("gallery", form)["shown"] == 6
+        assert sdbatch.json("report", form)["shown"] == 6
+        assert all(read_report(tmp_path / form / "report.html")[2])
     assert len(shown["images"]) == 6
     assert shown["images"] == shown["webdataset"] == shown["parquet"]
 
@@ -181,10 +205,19 @@ def test_faulty_rows_are_quarantined_and_the_rest_is_made(
     # An id never becomes a path, and nothing of a user's becomes HTML.
     keys = [entry.key for entry in open_store(str(tmp_path / "out")).list("data/")]
     assert keys == ["data/0000000/00000-a-0.png", "data/0000000/00002-_______b_e__b_-0.png"]
-    sdbatch("gallery", "out")
-    page = (tmp_path / "out/gallery.html").read_text()
-    assert "<script>" not in page
-    assert "../../&lt;b&gt;e[/b]-0" in page
+    assert status["reasons"] == {
+        "the prompt is empty": 1,
+        "the prompt has N characters; prompt.max_characters allows N": 1,
+        "the id '…' is row N's already": 1,
+        "the picture is not finite (NaN or infinity)": 1,
+        "guidance_scale is '…'; should be a number, N or more": 1,
+    }
+    assert "the id '…' is row N's already" in sdbatch("status", "out").stderr
+    assert "7 of 7, 5 quarantined" in sdbatch("watch", "out", code=3).stderr
+    sdbatch("report", "out")
+    summary, rows, _ = read_report(tmp_path / "out/report.html")
+    assert {row["image_id"] for row in rows} == {*errors, "a-0", "../../<b>e[/b]-0"}
+    assert dict(summary["reasons"]) == status["reasons"]
     assert "the prompt is empty" in sdbatch("errors", "out").stderr
     open_store(str(tmp_path / "out")).delete(keys[1])
     assert "1 missing: ../../<b>e[/b]-0" in sdbatch("verify", "out", code=1).stderr

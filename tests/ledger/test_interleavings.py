@@ -106,6 +106,9 @@ class Writer(Store):
     def version(self, key: str) -> str:
         return self._wait().version(key)
 
+    def clock(self, key: str) -> float:
+        return self._wait().clock(key)
+
     def exists(self, key: str) -> bool:
         return self._wait().exists(key)
 

@@ -36,7 +36,6 @@ def row(position: int = 0, **changes: Any) -> dict[str, Any]:
         "image_id": f"id {position}/../x",
         "row_id": "r",
         "prompt": 'a réd <circle> & a "square"',
-        "template": None,
         "negative_prompt": "blur",
         "seed": 2**53 - 1,
         "width": 16,

@@ -1,0 +1,96 @@
+"""One picture made again, as it was planned: in its shard, batch and slot, so that its bytes are the stored ones."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sdbatch.engine.generator import Generator
+from sdbatch.engine.mending import prepared_again
+from sdbatch.errors import JobFailed, UsageError
+from sdbatch.ledger import CommitRecord, Commits, Job, Shard, Shards, read_job, read_round, read_shards, read_slice
+from sdbatch.outputs import decode_metadata, opens, pixels_sum, read_pictures
+from sdbatch.storage import Store
+
+
+@dataclass(frozen=True)
+class Remade:
+    """The bytes, and whether they are the stored ones; by the pixels where the job signs, for this one is not signed.
+
+    ``differs``: what is otherwise here than it was then.
+    """
+
+    image_id: str
+    data: bytes
+    same: bool
+    differs: tuple[str, ...]
+
+
+def remake(store: Store, image: str) -> Remade:
+    """Make a committed picture again, in this process; ``image`` is its id, or SHARD/POSITION.
+
+    Raises UsageError when there is no such picture.
+    """
+    job = read_job(store)
+    shard, position = _find(store, job, image)
+    record = Commits(store).of_slice(shard.slice).get(shard.number)
+    if record is None:
+        raise UsageError(f"IMAGE: {image} has not been made yet; 'sdbatch run' makes it")
+    row = decode_metadata(store.get(record.metadata_key))[position]
+    if row["status"] != "committed":
+        raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; 'sdbatch retry' tries it again")
+    prepared = prepared_again(store, job, _changed(store, record, position))
+    generator = Generator(prepared.located.model_dump(mode="json"), job)
+    environment = generator.load()
+    data = generator.made_again(shard, [position])[position]
+    if data is None:
+        raise JobFailed(f"{image} could be made then and can't be made now")
+    then = record.environment
+    differs = tuple(
+        f"{name}: {then.get(name)} then, {environment.get(name)} here"
+        for name in sorted({*then, *environment})
+        if then.get(name) != environment.get(name)
+    )
+    if prepared.spec.output.c2pa is None:
+        same = hashlib.sha256(data).hexdigest() == row["sha256"]
+    else:
+        stored = read_pictures(store, [row["path"]]).get(row["path"])
+        same = stored is not None and opens(stored) and pixels_sum(stored) == pixels_sum(data)
+    return Remade(row["image_id"], data, same, differs)
+
+
+def _find(store: Store, job: Job, image: str) -> tuple[Shard, int]:
+    """Where an image is planned. No id looks like a place, for ids end in -0, -1, …"""
+    shards, unknown = read_shards(store, job), UsageError(f"IMAGE: the job has no image {image}; name its image_id")
+    if place := re.fullmatch(r"(\d{1,9})/(\d{1,9})", image):
+        number, position = int(place[1]), int(place[2])
+        for shard in shards.where(shards.column("number") == number):
+            if position < shard.count:
+                return shard, position
+        raise unknown
+    for row, of_slice in _rows(store, job, shards, image):
+        for shard in of_slice:
+            if shard.offset <= row < shard.offset + shard.count:
+                return shard, row - shard.offset
+    raise unknown
+
+
+def _rows(store: Store, job: Job, shards: Shards, image: str) -> Iterator[tuple[int, Shards]]:
+    for number in range(job.slices):
+        ids = read_slice(store, job, number).column("image_id").to_pylist()
+        if image in ids:
+            yield ids.index(image), shards.of_slice(number)
+
+
+def _changed(store: Store, record: CommitRecord, position: int) -> tuple[str, ...]:
+    """What of the spec was otherwise when this picture was made: by the round that made it."""
+    edition = record.edition
+    while edition > 1:
+        found = read_round(store, edition)
+        again = found.shards[record.shard]
+        if position in again.positions:
+            return found.changed
+        edition = again.before
+    return ()
