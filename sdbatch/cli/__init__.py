@@ -84,13 +84,19 @@ def call(arguments: list[str]) -> int:
     except TyperException as error:
         people.print(f"[bold red]error[/]: {escape(error.format_message())} See 'sdbatch --help'.", soft_wrap=True)
         return 2
-    except (SdbatchError, Interrupted) as error:
-        return _tell(error, as_json="--json" in arguments)
-    except SystemError as error:  # what a signal raises within a call of Ray's own comes out of it in this disguise
-        if not isinstance(error.__cause__, Interrupted):
+    except (Exception, Interrupted) as error:
+        told = _interruption(error) or error
+        if not isinstance(told, SdbatchError | Interrupted):
             raise
-        return _tell(error.__cause__, as_json="--json" in arguments)
+        return _tell(told, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
+
+
+def _interruption(error: BaseException | None) -> Interrupted | None:
+    """The signal behind an error: what one raises within a call of Ray's own comes out of it in disguise."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _tell(error: SdbatchError | Interrupted, *, as_json: bool) -> int:
