@@ -7,7 +7,6 @@ beside it, while the model is already at the next shard.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import threading
 import time
@@ -22,15 +21,14 @@ import PIL
 import ray
 
 from sdbatch import __version__
-from sdbatch.engine.batching import device_bytes, too_large
+from sdbatch.engine.batch import BatchMaker, Refused, Result
 from sdbatch.engine.image_model import ImageModel
 from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.metrics import ActorMetrics
-from sdbatch.engine.models import footprint, load_model
-from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
+from sdbatch.engine.models import load_model
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.engine.speeds import Measured, shape_of
-from sdbatch.errors import JobFailed, ModelError
+from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts
 from sdbatch.outputs import EncodedPicture, Signer, encode, pixels_sum
@@ -56,26 +54,6 @@ class Receipt:
     measured: Measured = field(default_factory=Measured)  # what these batches took
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A request that could not be made, and why."""
-
-    error: str
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A request in its place in a batch, and the pictures that it starts from."""
-
-    request: ImageRequest
-    picture: np.ndarray | None  # (H, W, 3) uint8
-    mask: np.ndarray | None  # (H, W) bool
-
-
-#: What the model makes of a request: pixels (H, W, 3) and whether its prompt was cut, or why it can't be made.
-_Result = tuple[np.ndarray, bool] | Refused
-
-
 class Generator:
     """One model on one device, fed with shards. ``load`` comes first."""
 
@@ -88,7 +66,6 @@ class Generator:
         self._metrics = (
             ActorMetrics(self.spec.name, job.model_name) if pen is not None else None
         )  # outside the pool: none
-        self._pictures_at = self.spec.input.uri
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
@@ -106,6 +83,7 @@ class Generator:
             raise ModelError(
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
             )
+        self._maker = BatchMaker(self.model, self.spec, self.spec.input.uri)
         credentials = self.spec.output.c2pa
         self._signer = None if credentials is None else Signer(credentials, __version__)
         self.environment = {"sdbatch": __version__, "pillow": PIL.__version__, **self.model.environment}
@@ -191,7 +169,7 @@ class Generator:
             first = starts[number % len(starts)]
             batch = dict(enumerate(requests[first : first + size], first))
             turn = time.perf_counter()
-            results = self._model_thread.submit(self._make, first, batch).result()
+            results = self._model_thread.submit(self._maker.make, first, batch).result()
             encoding.append(self._finishers.submit(self._encoded_sizes, shard, batch, results))
             measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
         sizes = [size for one in encoding for size in one.result()]
@@ -228,13 +206,12 @@ class Generator:
         made: dict[int, bytes | None] = {}
         for first in range(0, len(requests), size):
             batch = {position: requests[position] for position in positions if first <= position < first + size}
-            results = self._model_thread.submit(self._make, first, batch).result() if batch else {}
+            results = self._model_thread.submit(self._maker.make, first, batch).result() if batch else {}
             for position, result in results.items():
                 made[position] = None
                 if not isinstance(result, Refused):
-                    pixels, truncated = result
-                    row = metadata_row(self.job, shard.number, requests[position], truncated=truncated)
-                    made[position] = self._encoded(pixels, shard, row)
+                    row = metadata_row(self.job, shard.number, requests[position], truncated=result.truncated)
+                    made[position] = self._encoded(result.pixels, shard, row)
         return made
 
     def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
@@ -256,91 +233,20 @@ class Generator:
 
     def _make_marked(
         self, shard: Shard, attempts: Attempts, first: int, batch: Mapping[int, ImageRequest]
-    ) -> dict[int, _Result]:
+    ) -> dict[int, Result]:
         """A batch's pictures, what is in work told before. Of a suspect batch each request is made by itself."""
         if not attempts.suspect(first, batch):
             self._pen.at(Mark(shard.stem, first, alone=False))
-            return self._make(first, batch)
-        results: dict[int, _Result] = {}
+            return self._maker.make(first, batch)
+        results: dict[int, Result] = {}
         for position, request in batch.items():
             killer = attempts.killer(position, self.spec.failures.max_attempts)
             if killer is not None:
                 results[position] = Refused(killer)
                 continue
             self._pen.at(Mark(shard.stem, position, alone=True))
-            results |= self._make(first, {position: request})
+            results |= self._maker.make(first, {position: request})
         return results
-
-    def _make(self, first: int, batch: Mapping[int, ImageRequest]) -> dict[int, _Result]:
-        """Pictures of a batch, position → request, whose first slot is position ``first``.
-
-        If the batch fails as a whole, each request is tried by itself.
-        """
-        given = {position: self._given(request) for position, request in batch.items()}
-        slots: list[_Slot | None] = [None] * self.spec.resources.at_once
-        for position, pictures in given.items():
-            if not isinstance(pictures, Refused):
-                slots[position - first] = _Slot(batch[position], *pictures)
-        results: list[_Result] = self._compute_kindly(slots) if any(slots) else []
-        return {
-            position: pictures if isinstance(pictures, Refused) else results[position - first]
-            for position, pictures in given.items()
-        }
-
-    def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
-        """The picture that a request starts from and its mask, as far as it has any."""
-        size = request.width, request.height
-        try:
-            picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
-            cell = self.model.mask_cell
-            mask = read_mask(request.mask_image, self._pictures_at, size, cell) if request.mask_image else None
-        except BadPicture as error:
-            return Refused(str(error))
-        return picture, mask
-
-    def _compute_kindly(self, slots: Sequence[_Slot | None]) -> list[_Result]:
-        try:
-            return self._compute(slots)
-        except self.model.device_errors as error:
-            raise self._device_failed(error, slots) from None
-        except Exception:
-            return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
-
-    def _device_failed(self, error: Exception, slots: Sequence[_Slot | None]) -> JobFailed:
-        """The device's fault, not a request's. After any but a lack of memory only a new process gets it back."""
-        if not isinstance(error, self.model.memory_errors):
-            os._exit(1)
-        lead = next(slot.request for slot in slots if slot is not None)
-        takes, limit = footprint(self.spec, lead.width, lead.height), device_bytes(self.spec.resources)
-        return JobFailed(too_large(len(slots), lead.width, lead.height, takes, limit or 0))
-
-    def _compute_alone(self, slots: Sequence[_Slot | None], place: int) -> _Result:
-        """One request in its own slot of a padded batch: the same bytes as in company."""
-        alone = [slot if i == place else None for i, slot in enumerate(slots)]
-        try:
-            return self._compute(alone)[place]
-        except self.model.device_errors as error:
-            raise self._device_failed(error, alone) from None
-        except Exception as error:
-            return Refused(f"{type(error).__name__}: {error}")
-
-    def _compute(self, slots: Sequence[_Slot | None]) -> list[_Result]:
-        """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
-        filled = [slot.request if slot is not None else None for slot in slots]
-        first = next(slot for slot in slots if slot is not None)
-        pixels, finite = self.model.draw(
-            filled,
-            _stack([slot.picture if slot else None for slot in slots], first.picture),
-            _stack([slot.mask if slot else None for slot in slots], first.mask),
-        )
-        for place, slot in enumerate(slots):
-            if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
-                pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
-        truncated = self.model.truncated(["" if request is None else request.prompt for request in filled])
-        return [
-            (pixels[slot], truncated[slot]) if finite[slot] else Refused("the picture is not finite (NaN or infinity)")
-            for slot in range(len(slots))
-        ]
 
     # -- after the model ---------------------------------------------------------------------------------
 
@@ -349,7 +255,7 @@ class Generator:
         return encode(pixels, self.spec.output.image, row, self.job.part_of_slice(shard.slice).fingerprint)
 
     def _finish(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result], last: bool, begun: float
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result], last: bool, begun: float
     ) -> dict[int, Ended]:
         """Encode the pictures of a batch and make them outlive this process."""
         began = time.perf_counter()
@@ -363,7 +269,7 @@ class Generator:
         return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
 
     def _as_files(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result]
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result]
     ) -> tuple[dict[int, dict[str, Any]], list[EncodedPicture]]:
         """Position → metadata row, and the pictures as files, of a batch that the model made."""
         rows, pictures = {}, []
@@ -372,10 +278,9 @@ class Generator:
             if isinstance(result, Refused):
                 rows[position] = metadata_row(self.job, shard.number, request, error=result.error)
                 continue
-            pixels, truncated = result
-            row = metadata_row(self.job, shard.number, request, truncated=truncated)
+            row = metadata_row(self.job, shard.number, request, truncated=result.truncated)
             try:
-                data = self._encoded(pixels, shard, row)
+                data = self._encoded(result.pixels, shard, row)
                 if self._signer is not None:
                     data = self._signer.signed(data, self.spec.output.image.type, row)
                 pictures.append(EncodedPicture(position, row, data))
@@ -386,11 +291,6 @@ class Generator:
         return rows, pictures
 
     def _encoded_sizes(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, _Result]
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result]
     ) -> list[int]:
         return [len(picture.data) for picture in self._as_files(shard, batch, results)[1]]
-
-
-def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:
-    """One array for the whole batch, blank in empty slots; None for a batch without such pictures."""
-    return None if like is None else np.stack([np.zeros_like(like) if array is None else array for array in arrays])

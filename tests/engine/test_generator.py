@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdbatch.engine.generator import Generator, Refused
+from sdbatch.engine.batch import Refused
+from sdbatch.engine.generator import Generator
 from sdbatch.engine.models import find_model
 from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
@@ -60,10 +61,6 @@ def placed(requests: Sequence[ImageRequest]) -> dict[int, ImageRequest]:
     return dict(enumerate(requests))
 
 
-def pixels(result: Any) -> Any:
-    return result[0]
-
-
 @pytest.fixture(scope="module")
 def peaceful(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     planned = Planned(tmp_path_factory.mktemp("peaceful"))
@@ -108,10 +105,10 @@ def test_a_broken_device_is_no_requests_fault(tmp_path: Path, monkeypatch: pytes
     def leave(code: int) -> None:
         raise Killed
 
-    monkeypatch.setattr(generator, "_compute", fail)
+    monkeypatch.setattr(generator._maker, "compute", fail)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Killed):
-        generator._make(0, placed(Planned(tmp_path / "b").requests[:3]))
+        generator._maker.make(0, placed(Planned(tmp_path / "b").requests[:3]))
 
 
 class Killed(BaseException):
@@ -122,7 +119,7 @@ class Killed(BaseException):
 def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, peaceful: list[str]) -> None:
     planned = Planned(tmp_path, form)
     dying = planned.generator()
-    make, calls = dying._make, []
+    make, calls = dying._maker.make, []
 
     def die_in_the_second_batch(first: int, batch: Mapping[int, ImageRequest], *others: Any) -> Any:
         calls.append(batch)
@@ -131,7 +128,7 @@ def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, p
             raise Killed
         return make(first, batch, *others)
 
-    dying._make = die_in_the_second_batch  # type: ignore[method-assign]
+    dying._maker.make = die_in_the_second_batch  # type: ignore[method-assign]
     with pytest.raises(Killed):
         dying.run_shard(planned.shard)
 
@@ -147,14 +144,14 @@ def test_a_request_that_fails_alone_is_refused_and_its_neighbours_keep_their_byt
 ) -> None:
     planned = Planned(tmp_path)
     generator = planned.generator()
-    compute = generator._compute
+    compute = generator._maker.compute
 
     def fail_on_request_1(slots: Sequence[Any]) -> Any:
         if any(slot is not None and slot.request.prompt.endswith(" 1") for slot in slots):
             raise RuntimeError("this request and no other")
         return compute(slots)
 
-    generator._compute = fail_on_request_1  # type: ignore[method-assign]
+    generator._maker.compute = fail_on_request_1  # type: ignore[method-assign]
     receipt = generator.run_shard(planned.shard)
     assert (receipt.committed, receipt.quarantined, receipt.failed_making) == (6, 1, 1)
     rows = decode_metadata(planned.store.get("metadata/0000000.parquet"))
@@ -166,16 +163,16 @@ def test_a_picture_that_is_not_finite_is_refused_and_no_other(tmp_path: Path) ->
     planned = Planned(tmp_path)
     generator = planned.generator()
     batch = [planned.requests[0], dataclasses.replace(planned.requests[1], guidance_scale=1e38), planned.requests[2]]
-    results = generator._make(0, placed(batch))
+    results = generator._maker.make(0, placed(batch))
     assert [isinstance(result, Refused) for result in results.values()] == [False, True, False]
-    assert (pixels(results[0]) == pixels(generator._make(0, placed(planned.requests[:3]))[0])).all()
+    assert (results[0].pixels == generator._maker.make(0, placed(planned.requests[:3]))[0].pixels).all()
 
 
 def test_a_cut_prompt_is_recorded(tmp_path: Path) -> None:
     planned = Planned(tmp_path)
     generator = planned.generator()
     long = dataclasses.replace(planned.requests[0], prompt="a red circle " * 40)
-    ended = generator._finish(planned.shard, {0: long}, generator._make(0, {0: long}), True, 0.0)
+    ended = generator._finish(planned.shard, {0: long}, generator._maker.make(0, {0: long}), True, 0.0)
     assert ended[0].row["truncated"] is True
     assert isinstance(ended[0].picture, EncodedPicture)
 
@@ -187,7 +184,7 @@ def test_a_picture_that_its_format_cannot_hold_is_refused(tmp_path: Path) -> Non
         update={"output": generator.spec.output.model_copy(update={"image": Picture(type="jpeg")})}
     )
     wordy = dataclasses.replace(planned.requests[0], negative_prompt="x" * 40_000)
-    ended = generator._finish(planned.shard, {0: wordy}, generator._make(0, {0: wordy}), True, 0.0)
+    ended = generator._finish(planned.shard, {0: wordy}, generator._maker.make(0, {0: wordy}), True, 0.0)
     assert ended[0].picture is None
     assert "can't be encoded as jpeg" in ended[0].row["error"]
 

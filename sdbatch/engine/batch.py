@@ -1,0 +1,129 @@
+"""One batch: requests in their slots, what they start from, and what the model makes of them or why it can't."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdbatch.engine.batching import device_bytes, too_large
+from sdbatch.engine.image_model import ImageModel
+from sdbatch.engine.models import footprint
+from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
+from sdbatch.errors import JobFailed
+from sdbatch.prompts import ImageRequest
+from sdbatch.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture as it left the model."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    truncated: bool  # its prompt was cut
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that could not be made, and why."""
+
+    error: str
+
+
+Result = Made | Refused
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A request in its place in a batch, and the pictures that it starts from."""
+
+    request: ImageRequest
+    picture: np.ndarray | None  # (H, W, 3) uint8
+    mask: np.ndarray | None  # (H, W) bool
+
+
+class BatchMaker:
+    """Makes batches of the planned size with one model. ``pictures_at``: where relative paths of pictures begin."""
+
+    def __init__(self, model: ImageModel, spec: JobSpec, pictures_at: str) -> None:
+        self._model, self._spec, self._pictures_at = model, spec, pictures_at
+
+    def make(self, first: int, batch: Mapping[int, ImageRequest]) -> dict[int, Result]:
+        """Pictures of a batch, position → request, whose first slot is position ``first``.
+
+        If the batch fails as a whole, each request is tried by itself.
+        """
+        given = {position: self._given(request) for position, request in batch.items()}
+        slots: list[Slot | None] = [None] * self._spec.resources.at_once
+        for position, pictures in given.items():
+            if not isinstance(pictures, Refused):
+                slots[position - first] = Slot(batch[position], *pictures)
+        results: list[Result] = self._compute_kindly(slots) if any(slots) else []
+        return {
+            position: pictures if isinstance(pictures, Refused) else results[position - first]
+            for position, pictures in given.items()
+        }
+
+    def compute(self, slots: Sequence[Slot | None]) -> list[Result]:
+        """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
+        filled = [slot.request if slot is not None else None for slot in slots]
+        first = next(slot for slot in slots if slot is not None)
+        pixels, finite = self._model.draw(
+            filled,
+            _stack([slot.picture if slot else None for slot in slots], first.picture),
+            _stack([slot.mask if slot else None for slot in slots], first.mask),
+        )
+        for place, slot in enumerate(slots):
+            if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
+                pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
+        truncated = self._model.truncated(["" if request is None else request.prompt for request in filled])
+        return [
+            Made(pixels[slot], truncated[slot])
+            if finite[slot]
+            else Refused("the picture is not finite (NaN or infinity)")
+            for slot in range(len(slots))
+        ]
+
+    def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
+        """The picture that a request starts from and its mask, as far as it has any."""
+        size = request.width, request.height
+        try:
+            picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
+            cell = self._model.mask_cell
+            mask = read_mask(request.mask_image, self._pictures_at, size, cell) if request.mask_image else None
+        except BadPicture as error:
+            return Refused(str(error))
+        return picture, mask
+
+    def _compute_kindly(self, slots: Sequence[Slot | None]) -> list[Result]:
+        try:
+            return self.compute(slots)
+        except self._model.device_errors as error:
+            raise self._device_failed(error, slots) from None
+        except Exception:
+            return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
+
+    def _device_failed(self, error: Exception, slots: Sequence[Slot | None]) -> JobFailed:
+        """The device's fault, not a request's. After any but a lack of memory only a new process gets it back."""
+        if not isinstance(error, self._model.memory_errors):
+            os._exit(1)
+        lead = next(slot.request for slot in slots if slot is not None)
+        takes, limit = footprint(self._spec, lead.width, lead.height), device_bytes(self._spec.resources)
+        return JobFailed(too_large(len(slots), lead.width, lead.height, takes, limit or 0))
+
+    def _compute_alone(self, slots: Sequence[Slot | None], place: int) -> Result:
+        """One request in its own slot of a padded batch: the same bytes as in company."""
+        alone = [slot if i == place else None for i, slot in enumerate(slots)]
+        try:
+            return self.compute(alone)[place]
+        except self._model.device_errors as error:
+            raise self._device_failed(error, alone) from None
+        except Exception as error:
+            return Refused(f"{type(error).__name__}: {error}")
+
+
+def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:
+    """One array for the whole batch, blank in empty slots; None for a batch without such pictures."""
+    return None if like is None else np.stack([np.zeros_like(like) if array is None else array for array in arrays])
