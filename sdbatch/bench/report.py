@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from sdbatch.bench.sizes import checkpoint_of
 from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs
 from sdbatch.bench.waterfall import Row, by_batch, phases, prepared, waterfall
 from sdbatch.diffusion import SAMPLERS
+from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.weights import DTYPES
 from sdbatch.errors import UsageError
 
@@ -136,7 +136,7 @@ def _check(wanted: Wanted) -> None:
 
 
 def _machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     when = time.strftime("%Y-%m-%d", time.gmtime())
     return {"hardware": name, "torch": str(torch.__version__), "sdbatch": __version__, "date": when}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from sdbatch.cli.console import plain, span
 from sdbatch.ledger import dollars
 from sdbatch.spec import Resources
@@ -67,7 +69,8 @@ def bill_content(bill: Bill) -> dict[str, Any]:
         "bytes": run.bytes,
     }
     estimate = None if bill.estimate is None else asdict(bill.estimate)
-    return {"took": took, "estimate": estimate, "runs": bill.runs, "spent_usd": bill.spent_usd}
+    content = {"took": took, "estimate": estimate, "runs": bill.runs, "spent_usd": bill.spent_usd}
+    return content | {"device": run.device, "devices_before": list(bill.devices_before)}
 
 
 def bill_lines(bill: Bill) -> list[str]:
@@ -91,6 +94,12 @@ def bill_lines(bill: Bill) -> list[str]:
     lines = [f"  [dim]{name:<4}[/]  {took:<{width}}  {estimated}".rstrip() for name, took, estimated in rows]
     if bill.runs > 1 and bill.spent_usd is not None:
         lines.append(f"  all {bill.runs} runs of this output together cost {dollars(bill.spent_usd)}")
+    if bill.devices_before:
+        others = escape(" and ".join(bill.devices_before))
+        lines.append(
+            f"  [yellow]Part of the pictures were made on {others}[/], now on {escape(run.device)}: where two devices "
+            "round otherwise, the same request gives a picture that differs in its last bits"
+        )
     return lines
 
 

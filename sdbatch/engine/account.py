@@ -29,6 +29,7 @@ class Bill:
     estimate: Estimate | None = None
     runs: int = 0
     spent_usd: float | None = None
+    devices_before: tuple[str, ...] = ()  # that earlier runs made pictures on, if others than this one's
 
 
 def check_budget(store: Store, resources: Resources) -> list[Run]:
@@ -145,7 +146,8 @@ class Account:
         """What was taken so far, by this run and by all."""
         run, price = self._now("complete"), self._resources.usd_per_actor_hour
         spent = None if price is None else spent_usd([*self._before, run], price)
-        return Bill(run, self._estimate, len(self._before) + 1, spent)
+        others = {before.device for before in self._before if before.images} - {run.device, ""}
+        return Bill(run, self._estimate, len(self._before) + 1, spent, tuple(sorted(others)) if run.images else ())
 
     def out_of_money(self, left: int) -> BudgetSpent:
         """What to raise when a pool had to stop with so many images left."""
@@ -160,6 +162,7 @@ class Account:
             actor_seconds=round(self._actor_seconds(), 3),
             wall_seconds=round(time.perf_counter() - self._started, 3),
             deaths=sum(pool.deaths for pool in self._pools),
+            device=next((found for pool in self._pools if (found := pool.environment.get("device"))), ""),
         )
 
     def _actor_seconds(self) -> float:

@@ -155,7 +155,7 @@ def _memory(spec: JobSpec) -> list[Finding]:
     batch = size if isinstance(size, int) else 1  # auto takes what there is room for
     needed = peak_bytes(
         checkpoint,
-        dtype=spec.model.dtype,
+        dtype="float32" if spec.model.dtype == "auto" else spec.model.dtype,  # auto takes no more
         batch=batch,
         width=spec.generate.width or width,
         height=spec.generate.height or height,

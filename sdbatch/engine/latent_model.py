@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ from sdbatch.diffusion import (
 from sdbatch.diffusion.adapters import adapt
 from sdbatch.diffusion.locate import local_path
 from sdbatch.diffusion.memory import peak_bytes
+from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
 from sdbatch.engine.image_model import FoundModel
@@ -65,7 +65,7 @@ class LatentModel:
         on_gpu = resources.device == "cuda"
         self.environment = {
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "threads": str(resources.cpus_per_actor),
         }
 

@@ -53,6 +53,8 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
         if not change.startswith(_CHANGEABLE):
             fields = ", ".join(f"{name}*" if name.endswith(".") else name for name in _CHANGEABLE)
             raise SpecError("--set", [Problem(change, "can't be changed for a retry", f"what can: {fields}")])
+        if change in {"model.dtype=auto", "resources.batch_size=auto"}:
+            raise SpecError("--set", [Problem(change, "is decided with the plan, which stands", "write a value")])
     return _again(store, "retry", tuple(changed), lambda job: _quarantined(store, job), watch)
 
 

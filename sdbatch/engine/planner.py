@@ -16,6 +16,7 @@ from sdbatch.engine.batching import decided
 from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
 from sdbatch.engine.image_model import FoundModel
 from sdbatch.engine.models import find_model, located
+from sdbatch.engine.number_format import with_format
 from sdbatch.engine.reading import check_columns, read_ids, read_slices
 from sdbatch.engine.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
 from sdbatch.errors import InputError, OutputError, StorageError, UsageError
@@ -98,7 +99,9 @@ def prepare(spec: JobSpec) -> Prepared:
     wildcards = WildcardFiles() if spec.prompt.wildcards is None else read_wildcards(spec.prompt)
     check_prompts(spec, wildcards.lines, wanted)
     store = open_output(spec)
-    return Prepared(decided(spec, model.facts, find_job(store)), model, table, store, wildcards)
+    standing = find_job(store)
+    spec = decided(with_format(spec, standing), model.facts, standing)
+    return Prepared(spec, model, table, store, wildcards)
 
 
 def open_output(spec: JobSpec) -> Store:

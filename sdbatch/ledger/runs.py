@@ -42,6 +42,7 @@ class Run:
     batches: int = 0
     bytes: int = 0
     deaths: int = 0
+    device: str = ""  # that its pictures were made on; empty before the first model is loaded
     conditions: dict[str, Any] = field(default_factory=dict)  # what speeds were measured under
     speeds: dict[str, Any] = field(default_factory=dict)
     estimate: dict[str, Any] | None = None

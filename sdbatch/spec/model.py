@@ -31,7 +31,10 @@ class Model(Section):
         description="builtin:shapes, builtin:null (no network), hf:OWNER/NAME[@REVISION][/FILE], or a folder in the "
         "diffusers layout or a single .safetensors file, local or s3://",
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Number format of the weights")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32",
+        description="Number format of the weights; auto: what is fastest where the job is planned, decided in the plan",
+    )
     tokenizer: Uri | None = Field(
         None, description="A folder with vocab.json and merges.txt, for single files, which bring none"
     )

@@ -1,0 +1,35 @@
+"""The number format of ``model.dtype: auto``: decided when a job is planned, and from then on part of its plan."""
+
+from __future__ import annotations
+
+from sdbatch.engine.null import NULL
+from sdbatch.errors import UsageError
+from sdbatch.ledger import Job
+from sdbatch.spec import JobSpec
+
+
+def with_format(spec: JobSpec, standing: Job | None) -> JobSpec:
+    """The spec with a format in place of ``auto``: the one that stands in the plan, or what is fast where it is made.
+
+    Raises UsageError where that is for a GPU and none is to be seen.
+    """
+    if spec.model.dtype != "auto":
+        return spec
+    if standing is not None:
+        return _with(spec, standing.spec["model"]["dtype"])
+    if spec.model.uri == NULL:
+        return _with(spec, "float32")
+    import torch  # takes seconds
+
+    from sdbatch.diffusion.processor import best_dtype
+
+    if spec.resources.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "model.dtype: is auto, but no GPU is to be seen where the job is planned; plan it where there is one "
+            "('sdbatch plan'), or write bfloat16 or float16"
+        )
+    return _with(spec, best_dtype(spec.resources.device))
+
+
+def _with(spec: JobSpec, dtype: str) -> JobSpec:
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
