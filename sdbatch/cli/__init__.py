@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from types import FrameType
@@ -46,6 +47,9 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     training.finetune,
     jobs.schema,
 )
+_STOPPED = "stopped by a signal; what is committed stays, the same command goes on from here"
+_asked_to_stop = threading.Event()
+
 for command in _COMMANDS:
     app.command()(command)
 
@@ -85,18 +89,12 @@ def call(arguments: list[str]) -> int:
         people.print(f"[bold red]error[/]: {escape(error.format_message())} See 'sdbatch --help'.", soft_wrap=True)
         return 2
     except (Exception, Interrupted) as error:
-        told = _interruption(error) or error
+        # What a signal raises within a call of Ray's own comes out of it in disguise, or not at all.
+        told = Interrupted(_STOPPED) if _asked_to_stop.is_set() else error
         if not isinstance(told, SdbatchError | Interrupted):
             raise
         return _tell(told, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
-
-
-def _interruption(error: BaseException | None) -> Interrupted | None:
-    """The signal behind an error: what one raises within a call of Ray's own comes out of it in disguise."""
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _tell(error: SdbatchError | Interrupted, *, as_json: bool) -> int:
@@ -110,4 +108,5 @@ def _tell(error: SdbatchError | Interrupted, *, as_json: bool) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by a signal; what is committed stays, the same command goes on from here")
+    _asked_to_stop.set()
+    raise Interrupted(_STOPPED)

@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import ray
 
@@ -33,21 +34,53 @@ def ray_session(resources: Resources) -> Iterator[None]:
             yield
         finally:
             if own:
-                ray.shutdown()
+                with _held_back():
+                    ray.shutdown()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait until this is over: Ray half started or half ended takes the process with it in a way of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[int]()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray leaves this process's signals alone, which its own handlers end without a word. Workers keep theirs."""
+    # Ray's crash handler lets go of SIGTERM at its end, but to the default.
+    ray._private.ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    utils = ray._private.utils
+    theirs, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
 
 
 def _start(resources: Resources, own: bool) -> None:
     # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
     cpus = max(os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor + _READERS)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address="local" if own else None,
-            num_cpus=cpus if own else None,
-            include_dashboard=False if own else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _own_signals(), _held_back() if own else nullcontext():
+            ray.init(
+                address="local" if own else None,
+                num_cpus=cpus if own else None,
+                include_dashboard=False if own else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except SystemError:  # a signal in the midst of one of Ray's own calls
         raise
     except Exception as error:  # Ray raises many kinds, and Exception itself
@@ -58,7 +91,6 @@ def _start(resources: Resources, own: bool) -> None:
         raise UsageError(
             f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
         ) from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which ends without a word
 
 
 def draining_nodes() -> set[str]:

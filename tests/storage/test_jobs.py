@@ -81,3 +81,20 @@ def test_a_job_ends_when_the_disk_is_full_and_goes_on_when_there_is_room(
     found = read_status(store)  # not by the command: Ray tells on stdout of actors that the failed run let go
     assert (found.state, found.committed) == ("complete", 400)
     sdbatch("verify", small_disk / "out")
+
+
+def test_signals_while_planning_end_it_once_whatever_their_number(
+    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
+) -> None:
+    write_prompts(tmp_path, 100_000)
+    job, store = write_job(model=NULL), open_store(str(tmp_path / "out"))
+    process = shell.start("plan", job)
+    wait_for(store, "_sdbatch/plan/", 1, process)
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.2)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in told
+    assert "Traceback" not in told
+    assert "holds no job" in sdbatch("status", "out", code=2).stderr
