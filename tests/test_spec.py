@@ -105,3 +105,23 @@ def test_where_things_lie_does_not_decide_what_is_made() -> None:
     assert parse_spec(moved).deciding() == one
     assert parse_spec({**SMALLEST, "generate": {"seed": 1}}).deciding() != one
     assert parse_spec({**SMALLEST, "resources": {"batch_size": 2}}).deciding() != one
+
+
+def test_outputs_that_use_nothing_new_are_decided_as_before() -> None:
+    decided = {"format": "images", "image": {"type": "png", "quality": 90}, "shard_size": 64}
+    assert parse_spec(SMALLEST).deciding()["output"] == decided
+    assert parse_spec({**SMALLEST, "output": {"uri": "out", "license": "cc0-1.0"}}).deciding()["output"] == decided
+    lossless = {"uri": "out", "image": {"type": "webp", "lossless": True}}
+    assert parse_spec({**SMALLEST, "output": lossless}).deciding()["output"]["image"]["lossless"] is True
+
+
+@pytest.mark.parametrize(
+    ("output", "field", "message"),
+    [
+        ({"image": {"type": "jpeg", "lossless": True}}, "output.image", "jpeg has no lossless form; set type: webp"),
+        ({"image": {"lossless": True}}, "output.image", "png is lossless as it is"),
+        ({"license": "All rights reserved"}, "output.license", ""),
+    ],
+)
+def test_mistakes_in_the_output_are_told_before_any_work(output: dict, field: str, message: str) -> None:
+    assert message in problems({**SMALLEST, "output": {"uri": "out", **output}})[field]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sdbatch.dataset import write_job_card
 from sdbatch.engine.account import Account, Bill, check_budget, keeping_account
 from sdbatch.engine.cluster import check_capacity, ray_session
 from sdbatch.engine.collector import Collector
@@ -135,6 +136,7 @@ def run(spec: JobSpec, watch: Watch, *, extend: bool = False) -> Outcome:
     standing = job = find_plan(prepared, extend)
     grown = extend and job is not None and input_changed(prepared, job)
     if job is not None and not grown and (status := read_status(prepared.store)).state == "complete":
+        write_job_card(prepared.store, job, prepared.spec)
         return Outcome(status, 0, 0, time.perf_counter() - started, 0.0, 0)
     with telling(spec, prepared.store), driving(prepared, watch) as (watch, check):
         began = time.perf_counter()
@@ -172,7 +174,10 @@ def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: fl
         if again is not None:
             chosen = shards.where(np.isin(shards.column("number"), list(again.shards)))
             making.edition(chosen, overridden(prepared.located, again.changed), again.edition)
-        return making.outcome(started)
+        outcome = making.outcome(started)
+    if outcome.status.state == "complete":
+        write_job_card(prepared.store, job, prepared.spec)
+    return outcome
 
 
 class _Making:

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -37,7 +37,8 @@ _CHECKERS = 8
 
 @dataclass
 class Verdict:
-    """What :func:`verify` found. Lists hold image ids; ``leftover`` and ``extra`` hold keys of objects."""
+    """What :func:`verify` found. Lists hold image ids, or keys of objects that belong to no single picture's row;
+    ``leftover`` and ``extra`` hold keys alone."""
 
     planned: int = 0
     committed: int = 0
@@ -182,7 +183,13 @@ def _examine(
     recorded = [row["image_id"] for row in rows]
     made = sum(row["status"] == "committed" for row in rows)
     if not damaged and (not _counts(record, rows) or any(sums.get(key, sha256) != sha256 for key, sha256 in objects)):
-        altered = recorded  # what the record says, or what else lies beside the pictures
+        altered = recorded  # what the record says, or what else lies within the object that holds the pictures
+    holding = {row["path"].partition("#")[0] for row in rows if row["path"]}
+    for key, sha256 in objects:
+        if key not in holding:
+            told = _sum(store, key)
+            if told != sha256:
+                (missing if told is None else altered).append(key)
     return Findings(
         shard,
         record,
@@ -191,7 +198,7 @@ def _examine(
         missing=(*missing, *sorted(set(planned) - set(recorded))),
         doubled=tuple(sorted((Counter(recorded) - Counter(planned)).keys())),
         altered=tuple(altered),
-        keys=frozenset([record.metadata_key, *(row["path"].partition("#")[0] for row in rows if row["path"])]),
+        keys=frozenset([record.metadata_key, *holding, *(key for key, _ in objects)]),
         damaged=tuple(damaged if recorded == planned else range(shard.count)),
     )
 
@@ -204,9 +211,17 @@ def _counts(record: CommitRecord, rows: list[dict[str, Any]]) -> bool:
     return told == (len(made), len(failures), sum(made), failures)
 
 
-def _metadata(store: Store, record: CommitRecord) -> tuple[list[dict[str, Any]] | None, Iterable[tuple[str, str]]]:
-    """The metadata rows that the record vouches for, None if they are gone or other ones; and each object that holds
-    several pictures, with its sha256."""
+def _sum(store: Store, key: str) -> str | None:
+    """The sha256 of an object, None where there is none."""
+    try:
+        return hashlib.sha256(store.get(key)).hexdigest()
+    except ObjectNotFound:
+        return None
+
+
+def _metadata(store: Store, record: CommitRecord) -> tuple[list[dict[str, Any]] | None, Collection[tuple[str, str]]]:
+    """The metadata rows that the record vouches for, None if they are gone or other ones; and each object that the
+    shard has beside single pictures, with its sha256."""
     try:
         data = store.get(record.metadata_key)
     except ObjectNotFound:

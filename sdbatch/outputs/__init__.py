@@ -2,17 +2,12 @@
 
 from sdbatch.outputs.credentials import Signer
 from sdbatch.outputs.encoding import encode, opens, pixels_sum
+from sdbatch.outputs.features import dtype
+from sdbatch.outputs.formats import FORMATS
 from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
 from sdbatch.outputs.provenance import parameters
-from sdbatch.outputs.shards import (
-    FORMATS,
-    EncodedPicture,
-    ShardWriter,
-    StoredPicture,
-    StoredShard,
-    read_pictures,
-    read_stored,
-)
+from sdbatch.outputs.reading import read_pictures, read_stored
+from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard
 
 __all__ = [
     "FORMATS",
@@ -22,6 +17,7 @@ __all__ = [
     "StoredPicture",
     "StoredShard",
     "decode_metadata",
+    "dtype",
     "encode",
     "encode_metadata",
     "metadata_key",

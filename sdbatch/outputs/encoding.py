@@ -15,6 +15,7 @@ from sdbatch.spec import Picture
 
 _USER_COMMENT = 0x9286
 _EXIF_IFD = 0x8769
+_LOSSLESS_EFFORT = 80
 
 
 def encode(pixels: np.ndarray, form: Picture, row: Mapping[str, Any], fingerprint: str) -> bytes:
@@ -33,7 +34,9 @@ def encode(pixels: np.ndarray, form: Picture, row: Mapping[str, Any], fingerprin
     else:
         exif = Image.Exif()
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + told.encode("utf-16-be")
-        picture.save(buffer, form.type.upper(), quality=form.quality, exif=exif, xmp=packet.encode())
+        # Without loss, quality is how hard WebP tries.
+        how = {"lossless": True, "quality": _LOSSLESS_EFFORT} if form.lossless else {"quality": form.quality}
+        picture.save(buffer, form.type.upper(), exif=exif, xmp=packet.encode(), **how)
     return buffer.getvalue()
 
 

@@ -66,7 +66,7 @@ def encode_metadata(
     """The table as a Parquet file; kept columns follow ours, as text.
 
     Templates have a column where there are any: an output that was begun before there were keeps its schema.
-    ``objects``, key → sha256 of what holds several pictures, goes into the file's own key-value metadata.
+    ``objects``, key → sha256 of what the shard has beside single pictures, goes into the file's own key-value metadata.
     """
     template = [_TEMPLATE] if templated else []
     schema = pa.schema([*COLUMNS, *template, *((name, pa.string()) for name in kept)])

@@ -102,6 +102,9 @@ class JobSpec(Section):
         matrix = fields.pop("matrix")
         if matrix:
             fields["matrix"] = [[name, values] for name, values in matrix.items()]  # their order counts
+        del fields["output"]["license"]
+        if not self.output.image.lossless:
+            del fields["output"]["image"]["lossless"]
         if fields["output"].pop("c2pa") is not None:
             fields["output"]["c2pa"] = True  # signed or not; certificates are renewed, keys lie where they lie
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):

@@ -14,6 +14,14 @@ class Picture(Section):
 
     type: Literal["png", "jpeg", "webp"] = Field("png", description="File format")
     quality: int = Field(90, ge=1, le=100, description="Of jpeg and webp")
+    lossless: bool = Field(False, description="webp that keeps every pixel; quality then says nothing")
+
+    @model_validator(mode="after")
+    def _can_be_lossless(self) -> Self:
+        if self.lossless and self.type != "webp":
+            told = "is lossless as it is" if self.type == "png" else "has no lossless form"
+            raise ValueError(f"has lossless, but {self.type} {told}; set type: webp, or leave lossless out")
+        return self
 
 
 class Credentials(Section):
@@ -40,5 +48,10 @@ class Output(Section):
     )
     format: Literal["images", "webdataset", "parquet"] = Field("images", description="Form of the shards")
     image: Picture = Field(default_factory=lambda: Picture())
+    license: str | None = Field(
+        None,
+        pattern="^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="What the data card says of the pictures' licence, by its short name: cc-by-4.0, openrail++, other",
+    )
     c2pa: Credentials | None = Field(None, description="Sign every picture; needs the extra sdbatch[c2pa]")
     shard_size: int = Field(64, ge=1, le=100_000, description="Images a shard: the unit of work and of commit")

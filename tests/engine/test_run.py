@@ -204,7 +204,8 @@ def test_faulty_rows_are_quarantined_and_the_rest_is_made(
     assert errors["f-0"].startswith("row 7: guidance_scale is 'much'")
     # An id never becomes a path, and nothing of a user's becomes HTML.
     keys = [entry.key for entry in open_store(str(tmp_path / "out")).list("data/")]
-    assert keys == ["data/0000000/00000-a-0.png", "data/0000000/00002-_______b_e__b_-0.png"]
+    names = ["00000-a-0.png", "00002-_______b_e__b_-0.png", "metadata.parquet"]
+    assert keys == [f"data/0000000/{name}" for name in names]
     assert status["reasons"] == {
         "the prompt is empty": 1,
         "the prompt has N characters; prompt.max_characters allows N": 1,

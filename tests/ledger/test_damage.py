@@ -117,6 +117,18 @@ def test_no_damage_to_plan_or_records_changes_what_they_say(planned: Planned) ->
                 planned.store.put(entry.key, whole)
 
 
+def test_what_lies_beside_pictures_is_told_by_its_own_name(tmp_path: Path) -> None:
+    planned = Planned(LocalStore(tmp_path), "images")
+    for number in range(4):
+        planned.commit(number)
+    gone, other = "data/0000000/metadata.parquet", "data/0000001/metadata.parquet"
+    planned.store.delete(gone)
+    planned.store.put(other, planned.store.get(other) + b"x")
+    verdict = planned.verdict()
+    assert (verdict.missing, verdict.altered, verdict.committed) == ([gone], [other], 9)
+    assert not verdict.ok
+
+
 def test_swapped_pictures_are_altered(planned: Planned) -> None:
     first, *_, last = (entry.key for entry in planned.store.list("data/"))
     one, other = planned.store.get(first), planned.store.get(last)

@@ -31,7 +31,7 @@ from sdbatch.ledger import (
     put_totals,
     read_totals,
 )
-from sdbatch.outputs import shards as outputs
+from sdbatch.outputs import image_files as outputs
 from sdbatch.storage import Entry, LocalStore, Store
 from tests.ledger.planned import Planned
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,17 @@ def test_every_format_is_reproducible_and_carries_the_source_type(kind: str) -> 
     opened = Image.open(io.BytesIO(data))
     assert (opened.format, opened.size) == (kind.upper(), (16, 8))
     assert b"trainedAlgorithmicMedia" in data
+
+
+def test_lossless_webp_keeps_every_pixel_and_what_made_it() -> None:
+    form = Picture(type="webp", lossless=True)
+    data = encode(pixels(), form, row(), JOB)
+    assert data == encode(pixels(), form, row(), JOB)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels())
+    lossy = np.asarray(Image.open(io.BytesIO(encode(pixels(), Picture(type="webp"), row(), JOB))))
+    assert not np.array_equal(lossy, pixels())
+    assert b"trainedAlgorithmicMedia" in data
+    assert read_by_a_parser(data).full_prompt == read_by_a_parser(encode(pixels(), Picture(), row(), JOB)).full_prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,37 @@
+"""What the columns of the metadata table mean, for whoever reads the data set."""
+
+from __future__ import annotations
+
+MEANINGS = {
+    "image": "the picture itself",
+    "image_id": "the picture's name, the only one of its kind in the job",
+    "row_id": "the row of the prompt table that it was made from",
+    "shard": "the shard that holds it",
+    "prompt": "what it was asked to show",
+    "template": "what the prompt was made from",
+    "negative_prompt": "what it was asked not to show",
+    "seed": "seed of its noise",
+    "width": "in pixels",
+    "height": "in pixels",
+    "num_inference_steps": "denoising steps",
+    "guidance_scale": "strength of classifier-free guidance",
+    "sampler": "how noise became a latent",
+    "init_image": "the picture that it was made from, if any",
+    "mask_image": "the mask of what was made anew, if any",
+    "strength": "how much of the init_image was made anew",
+    "truncated": "was the prompt longer than the model reads?",
+    "model": "what drew it",
+    "model_sha256": "checksum of the model's weights and settings",
+    "path": "where it is stored: an object, and the place in it after #",
+    "bytes": "its size as a file",
+    "sha256": "checksum of the file",
+    "status": "committed: it is there; quarantined: it could not be made",
+    "error": "why it could not be made",
+}
+
+
+def meaning(name: str, kept: tuple[str, ...]) -> str:
+    """What a column holds; ``kept`` are those of the user."""
+    if name in MEANINGS:
+        return MEANINGS[name]
+    return "carried over from the prompt table" if name in kept else "measured on the picture"

@@ -1,0 +1,44 @@
+"""Stored pictures, read back by their paths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from sdbatch.errors import ObjectNotFound
+from sdbatch.outputs.containers import parquet_rows, tar_members
+from sdbatch.outputs.shards import DAMAGES
+from sdbatch.storage import Store
+
+
+def read_pictures(store: Store, paths: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of pictures by their paths, each object read once.
+
+    A path whose picture is gone is left out; one whose object is damaged beyond reading has no bytes.
+    """
+    return read_stored(store, paths)[0]
+
+
+def read_stored(store: Store, paths: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """As :func:`read_pictures`, and the sha256 of each object that holds several, by its key."""
+    wanted: dict[str, list[str]] = {}
+    for path in paths:
+        key, _, inside = path.partition("#")
+        wanted.setdefault(key, []).append(inside)
+    found: dict[str, bytes] = {}
+    sums: dict[str, str] = {}
+    for key, insides in wanted.items():
+        try:
+            data = store.get(key)
+        except ObjectNotFound:
+            continue
+        if not insides[0]:
+            found[key] = data
+            continue
+        sums[key] = hashlib.sha256(data).hexdigest()
+        try:
+            held = (tar_members if key.endswith(".tar") else parquet_rows)(data)
+        except DAMAGES:
+            held = dict.fromkeys(insides, b"")
+        found |= {f"{key}#{inside}": held[inside] for inside in insides if inside in held}
+    return found, sums
