@@ -332,7 +332,7 @@ def test_hostile_pictures_are_refused_with_their_names(tmp_path: Path) -> None:
     (tmp_path / "device.png").symlink_to("/dev/zero")
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(10 << 30)
-    unread = "should be a path or s3://bucket/key; nothing else is read"
+    unread = "should be a path, or begin with s3://…, gs://…, az://…, hf://…; nothing else is read"
     for where, told in (
         ("claims.png", "has more pixels than are read"),
         ("long.png", "has 60000000x1 pixels, more than are read"),

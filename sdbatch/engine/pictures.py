@@ -65,17 +65,19 @@ def _open(where: str, base: str, field: str) -> Image.Image:
 
 
 def _address(where: str, base: str, field: str) -> str:
-    """A whole path or an ``s3://`` address, without ``..``. Rows may name any that there is."""
+    """A whole path or an address in an object store, without ``..``. Rows may name any that there is."""
     whole = where if "://" in where or where.startswith("/") else f"{base}/{where}"
     scheme, _, path = whole.rpartition("://")
     path = posixpath.normpath(path)
     if scheme in {"", "file"} and path.startswith("/"):
         return path
-    if scheme == "s3" and _IN_BUCKET.match(path):
-        return f"s3://{path}"
-    raise BadPicture(f"{field}: should be a path or s3://bucket/key; nothing else is read")
+    if scheme in _STORES and _IN_BUCKET.match(path):
+        return f"{scheme}://{path}"
+    told = ", ".join(f"{store}://…" for store in _STORES)
+    raise BadPicture(f"{field}: should be a path, or begin with {told}; nothing else is read")
 
 
+_STORES = ("s3", "gs", "az", "hf")
 _IN_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/.")
 
 

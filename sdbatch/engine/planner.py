@@ -245,9 +245,7 @@ def _write_job(prepared: Prepared, parts: tuple[Part, ...], shards: Shards) -> J
     job = Job(
         spec=prepared.spec.model_dump(mode="json"),
         deciding=prepared.deciding(),
-        input_files=[
-            {"name": file.name, "bytes": file.bytes, "version": file.version} for file in prepared.table.files
-        ],
+        input_files=[file.told() for file in prepared.table.files],
         model_sha256=prepared.model.sha256,
         versions={
             "sdbatch": __version__,

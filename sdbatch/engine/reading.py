@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
@@ -12,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.fs
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -21,6 +19,7 @@ from ray.exceptions import RayError
 from sdbatch.errors import InputError
 from sdbatch.prompts import SLICE_ROWS, InputFile, Table, template_columns
 from sdbatch.spec import Input, JobSpec
+from sdbatch.storage import filesystem
 
 Row = dict[str, str | None]
 
@@ -123,8 +122,8 @@ def _column_names(form: str, file: InputFile) -> list[str]:
     """The columns of a table; of lines of JSON, every key in the first lines."""
     if form == "text":
         return ["prompt"]
-    filesystem, path = _locate(file.uri)
-    with filesystem.open_input_file(path) as opened:
+    files, path = filesystem(file.uri)
+    with files.open_input_file(path) as opened:
         if form == "jsonl":
             head = opened.read(_HEAD_BYTES)
             if len(head) == _HEAD_BYTES and b"\n" not in head:
@@ -142,16 +141,16 @@ def _column_names(form: str, file: InputFile) -> list[str]:
 
 
 def _dataset(table: Table, wanted: Mapping[str, str]) -> ray.data.Dataset:
-    located = [_locate(file.uri) for file in table.files]
-    filesystem, paths = located[0][0], [path for _, path in located]
+    located = [filesystem(file.uri) for file in table.files]
+    files, paths = located[0][0], [path for _, path in located]
     columns = sorted(set(wanted.values()))
     if table.format == "parquet":
-        dataset = ray.data.read_parquet(paths, filesystem=filesystem, file_extensions=None, partitioning=None)
+        dataset = ray.data.read_parquet(paths, filesystem=files, file_extensions=None, partitioning=None)
         return dataset.select_columns(columns)
     read, convert = _csv_options(table.format, columns)
     return ray.data.read_csv(
         paths,
-        filesystem=filesystem,
+        filesystem=files,
         partitioning=None,  # type: ignore[arg-type]
         read_options=read,
         parse_options=_parse_options(table.format),
@@ -249,24 +248,6 @@ def _text_row(row: Mapping[str, Any], wanted: Mapping[str, str]) -> Row:
     return texts
 
 
-def _locate(uri: str) -> tuple[pa.fs.FileSystem, str]:
-    """The file system that a file lies on, and its path there."""
-    if not uri.startswith("s3://"):
-        return pa.fs.LocalFileSystem(), uri
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    scheme, _, host = endpoint.rpartition("://")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    filesystem = pa.fs.S3FileSystem(
-        endpoint_override=host or None,
-        scheme=scheme or "https",
-        region=region or ("us-east-1" if host else None),
-        connect_timeout=5,
-        request_timeout=30,
-        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=8),
-    )
-    return filesystem, uri.removeprefix("s3://")
-
-
 #: What compressed files begin with.
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -275,8 +256,8 @@ def _compressed(table: Table, file: InputFile) -> str | None:
     """What to tell of a file of lines that is compressed."""
     if table.format == "parquet":
         return None
-    filesystem, path = _locate(file.uri)
-    with filesystem.open_input_file(path) as opened:
+    files, path = filesystem(file.uri)
+    with files.open_input_file(path) as opened:
         head = opened.read(8)
     for start, kind in _COMPRESSIONS.items():
         if head.startswith(start):
@@ -297,8 +278,8 @@ def _remedy(error: BaseException, table: Table, columns: Sequence[str]) -> str:
 
 
 def _read_through(form: str, file: InputFile, columns: Sequence[str]) -> None:
-    filesystem, path = _locate(file.uri)
-    with filesystem.open_input_file(path) as opened:
+    files, path = filesystem(file.uri)
+    with files.open_input_file(path) as opened:
         if form == "parquet":
             batches: Iterable[Any] = pq.ParquetFile(opened).iter_batches(columns=columns)
         else:

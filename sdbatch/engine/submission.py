@@ -20,7 +20,7 @@ from sdbatch.spec import JobSpec
 
 #: What the job spec is called where it arrives.
 SPEC_NAME = "job.yaml"
-_ELSEWHERE = ("s3://", "hf:", "builtin:", "/", "file:///")
+_ELSEWHERE = ("s3://", "gs://", "az://", "hf:", "builtin:", "/", "file:///")
 _ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 _PAUSE = 1.0
 

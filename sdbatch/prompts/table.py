@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sdbatch.errors import InputError, StorageError
 from sdbatch.spec import Input
-from sdbatch.storage import Entry, Store, open_store
+from sdbatch.storage import Entry, Source, open_source, root_length
 
 ENDINGS = {
     ".parquet": "parquet",
@@ -29,6 +29,11 @@ class InputFile:
     uri: str
     bytes: int
     version: str
+
+    def told(self) -> dict[str, object]:
+        """What a plan remembers of it; of a file at one commit also where that very file is found again."""
+        where = {"uri": self.uri} if self.uri.startswith("hf://") else {}
+        return {"name": self.name, "bytes": self.bytes, "version": self.version, **where}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def changed_files(before: Sequence[dict[str, object]], now: Table) -> list[str]:
     told += [f"input: {name} is new" for name in sorted(new.keys() - old.keys())]
     for name in sorted(old.keys() & new.keys()):
         if old[name]["version"] != new[name].version:
-            told.append(f"input: {name} changed ({old[name]['bytes']} → {new[name].bytes} bytes)")
+            then = f"; what was planned is {old[name]['uri']}" if "uri" in old[name] else ""
+            told.append(f"input: {name} changed ({old[name]['bytes']} → {new[name].bytes} bytes{then})")
     return told
 
 
@@ -90,21 +96,21 @@ def unlike_growth(before: Sequence[dict[str, object]], now: Table) -> list[str]:
     return told
 
 
-def _matching(source: Input) -> tuple[Store, list[Entry]]:
-    """The store at the part of the URI without wildcards, and the objects below it that match."""
+def _matching(source: Input) -> tuple[Source, list[Entry]]:
+    """The source at the part of the URI without wildcards, and the objects below it that match."""
     uri = source.uri
     wild = re.search(r"[*?\[]", uri)
     if wild:
         fixed = uri[: wild.start()].rpartition("/")[0]
-        root = open_store(fixed or ("/" if uri.startswith("/") else "."), linked=True)
+        root = open_source(fixed or ("/" if uri.startswith("/") else "."))
         pattern = _glob(uri[len(fixed) :].lstrip("/"))
         return root, [entry for entry in root.list() if pattern.fullmatch(entry.key)]
     parent, _, name = uri.rstrip("/").rpartition("/")
-    if name and parent not in {"s3:", "s3:/"}:
-        single = open_store(parent or ("/" if uri.startswith("/") else "."), linked=True)
+    if name and len(parent) >= root_length(uri):
+        single = open_source(parent or ("/" if uri.startswith("/") else "."))
         if single.exists(name):
             return single, [entry for entry in single.list(name) if entry.key == name]
-    folder = open_store(uri, linked=True)
+    folder = open_source(uri)
     entries = [entry for entry in folder.list() if not re.search(r"(^|/)[._]", entry.key)]
     return folder, [entry for entry in entries if source.format or _ending(entry.key) in ENDINGS]
 
@@ -136,4 +142,4 @@ def _ending(key: str) -> str:
 
 
 def _absolute(uri: str) -> str:
-    return uri if "://" in uri else open_store(uri).uri
+    return uri if "://" in uri else open_source(uri).uri

@@ -20,7 +20,7 @@ from sdbatch.prompts.template import (
     parse_option,
 )
 from sdbatch.spec import Prompt
-from sdbatch.storage import open_store
+from sdbatch.storage import open_source
 
 _MOST_FILES = 2_000
 _MOST_BYTES = 8 << 20  # of all files
@@ -44,7 +44,7 @@ def read_wildcards(prompt: Prompt) -> WildcardFiles:
     lines: dict[str, tuple[Option, ...]] = {}
     sums: dict[str, str] = {}
     try:
-        store = open_store(prompt.wildcards or "", linked=True)
+        store = open_source(prompt.wildcards or "")
         sizes = {e.key.removesuffix(".txt"): e.size for e in store.list() if e.key.endswith(".txt")}
         if not sizes:
             raise InputError(f"prompt.wildcards: {store.uri} holds no .txt files")

@@ -59,7 +59,10 @@ METADATA_COLUMNS = (
 class Input(Section):
     """The prompt table."""
 
-    uri: Uri = Field(description="A file, a folder or a glob; local or s3://; may hold variables")
+    uri: Uri = Field(
+        description="A file, a folder or a glob; a path, s3://bucket/…, gs://bucket/…, az://container/… or "
+        "hf://datasets/OWNER/NAME/…; may hold variables"
+    )
     format: Literal["parquet", "csv", "tsv", "jsonl", "text"] | None = Field(
         None, description="Told by the file's ending when left out"
     )

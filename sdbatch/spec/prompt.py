@@ -21,7 +21,9 @@ class Prompt(Section):
     template_column: str | None = Field(
         None, min_length=1, description="The column that holds each row's own template, in place of one for all"
     )
-    wildcards: Uri | None = Field(None, description="The folder of the files that __wildcards__ name, local or s3://")
+    wildcards: Uri | None = Field(
+        None, description="The folder of the files that __wildcards__ name, wherever input.uri may lie"
+    )
     expansion: Literal["sample", "all"] = Field(
         "sample", description="Draw prompts from the template by chance, or make all that it can say"
     )

@@ -1,15 +1,31 @@
-"""Object stores behind one small interface: a local folder or S3."""
+"""Object stores behind one small interface, a local folder or S3, and what else is only read: GCS, Azure, the Hub."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from sdbatch.errors import StorageError
+from sdbatch.storage.buckets import BUCKETS, BucketFiles
+from sdbatch.storage.filesystems import filesystem
+from sdbatch.storage.hub import HUB, HubFiles
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.s3 import S3Store
-from sdbatch.storage.store import Entry, Store
+from sdbatch.storage.store import Entry, Source, Store
 
-__all__ = ["Entry", "LocalStore", "S3Store", "Store", "open_store", "read_object"]
+__all__ = [
+    "Entry",
+    "LocalStore",
+    "S3Store",
+    "Source",
+    "Store",
+    "filesystem",
+    "open_source",
+    "open_store",
+    "read_object",
+    "root_length",
+]
+
+_READ_ONLY = (HUB, *BUCKETS)
 
 
 def open_store(uri: str, *, linked: bool = False) -> Store:
@@ -18,17 +34,43 @@ def open_store(uri: str, *, linked: bool = False) -> Store:
         return S3Store(uri)
     if uri.startswith("file://"):
         return LocalStore(uri.removeprefix("file://"), linked=linked)
+    if uri.startswith(_READ_ONLY):
+        raise StorageError(f"'{uri}': is only read from; use a folder or s3://bucket/prefix")
     if "://" in uri:
         raise StorageError(f"'{uri}': no store of that kind; use a folder or s3://bucket/prefix")
     return LocalStore(uri, linked=linked)
 
 
+def open_source(uri: str) -> Source:
+    """Whatever can be read: a store, ``gs://``, ``az://`` or ``hf://``. Symlinks of a folder may lead out of it.
+
+    A source on the Hub stands for the commit that its revision is now: its ``uri`` says which.
+    """
+    if uri.startswith(HUB):
+        return HubFiles(uri)
+    if uri.startswith(BUCKETS):
+        return BucketFiles(uri)
+    if "://" in uri and not uri.startswith(("s3://", "file://")):
+        told = ", ".join(f"{scheme}…" for scheme in ("s3://", *BUCKETS, HUB))
+        raise StorageError(f"'{uri}': nothing of that kind is read; use a path, {told}")
+    return open_store(uri, linked=True)
+
+
+def root_length(uri: str) -> int:
+    """How many of the URI's characters name what is never a single object: a bucket, a data set's repository."""
+    if "://" not in uri:
+        return 0
+    scheme, _, rest = uri.partition("://")
+    parts = rest.split("/")[: 3 if f"{scheme}://" == HUB else 1]
+    return len(f"{scheme}://{'/'.join(parts)}")
+
+
 def read_object(uri: str) -> bytes:
-    """One file or object, by its path, ``file://`` or ``s3://`` address."""
+    """One file or object, by its path or its address."""
     root, _, key = uri.rpartition("/")
     return _reader(root or ".").get(key)
 
 
 @lru_cache(maxsize=64)
-def _reader(root: str) -> Store:
-    return open_store(root)
+def _reader(root: str) -> Source:
+    return open_source(root) if root.startswith(_READ_ONLY) else open_store(root)

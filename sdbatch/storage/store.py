@@ -19,10 +19,10 @@ class Entry:
     size: int
 
 
-class Store(ABC):
-    """Objects by key ("a/b.png") below one root. No reader ever sees half an object.
+class Source(ABC):
+    """Objects by key ("a/b.png") below one root, to be read.
 
-    Raises ObjectNotFound for a key that is not there and StorageError when the store fails for good.
+    Raises ObjectNotFound for a key that is not there and StorageError when the source fails for good.
     """
 
     uri: str
@@ -30,6 +30,22 @@ class Store(ABC):
     @abstractmethod
     def get(self, key: str) -> bytes:
         """The object's bytes."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose key starts with ``prefix``, in the order of their keys."""
+
+    @abstractmethod
+    def version(self, key: str) -> str:
+        """A word that changes when the object's bytes do."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Is there an object under this very key?"""
+
+
+class Store(Source):
+    """A source that is written, too. No reader ever sees half an object."""
 
     @abstractmethod
     def fetch(self, key: str, path: Path) -> None:
@@ -48,24 +64,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All objects whose key starts with ``prefix``, in the order of their keys."""
-
-    @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; nothing happens where there is none."""
 
     @abstractmethod
-    def version(self, key: str) -> str:
-        """A word that changes when the object's bytes do."""
-
-    @abstractmethod
     def clock(self, key: str) -> float:
         """The store's own time, in seconds since 1970, told when an object was put just now under that key."""
-
-    @abstractmethod
-    def exists(self, key: str) -> bool:
-        """Is there an object under this very key?"""
 
 
 def check_key(key: str) -> str:

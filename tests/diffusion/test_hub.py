@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,10 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +19,7 @@ import pytest
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.errors import ModelError
 from tests.diffusion import tiny_models
-
-OLD, NEW = "0" * 40, "1" * 40  # commits
-
-
-@dataclass
-class Hub:
-    """Repositories by name: what each revision stands for, and the folder of each commit."""
-
-    revisions: dict[str, dict[str, str]]
-    folders: dict[tuple[str, str], Path]
-    asked: list[str] = field(default_factory=list)
-    url: str = ""
-
-    def fetched(self, repo: str, commit: str = NEW) -> set[str]:
-        prefix = f"GET /{repo}/resolve/{commit}/"
-        return {line.removeprefix(prefix) for line in self.asked if line.startswith(prefix)}
-
-
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    """The four endpoints that opening a model takes (huggingface.co/docs/hub/api)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def answer(self) -> None:
-            path = self.path.partition("?")[0]
-            hub.asked.append(f"{self.command} {path}")
-            about = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-            if found := about or file:
-                repo, revision = found[1], found[3] if about else found[2]
-                if repo == "studio/gated":
-                    return self.send(403, {"X-Error-Code": "GatedRepo"})
-                if repo not in hub.revisions:
-                    return self.send(404, {"X-Error-Code": "RepoNotFound"})
-                commit = hub.revisions[repo].get(revision, revision)
-                if (repo, commit) not in hub.folders:
-                    return self.send(404, {"X-Error-Code": "RevisionNotFound"})
-                folder = hub.folders[repo, commit]
-                if file:
-                    content = (folder / file[3]).read_bytes()
-                    return self.send(200, {"ETag": f'"{digest(content)}"', "X-Repo-Commit": commit}, content)
-                if about and about[2] == "tree":
-                    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-                    return self.send_json([entry(path, folder) for path in files])
-                return self.send_json({"id": repo, "sha": commit, "siblings": []})
-            return self.send(404, {})
-
-        def send_json(self, content: Any) -> None:
-            self.send(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
-
-        def send(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    return Handler
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:40]
-
-
-def entry(path: Path, folder: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {
-        "type": "file",
-        "path": path.relative_to(folder).as_posix(),
-        "size": len(content),
-        "oid": digest(content),
-    }
+from tests.hub_server import NEW, OLD, Hub, serving
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +60,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             ("studio/empty", NEW): folder / "empty",
         },
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(hub):
+        yield hub
 
 
 CLIENT = """

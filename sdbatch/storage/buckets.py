@@ -1,0 +1,65 @@
+"""Google Cloud Storage and Azure Blob Storage, to be read: ``gs://bucket/prefix``, ``az://container/prefix``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.fs as fs
+
+from sdbatch.errors import ObjectNotFound, StorageError
+from sdbatch.storage.filesystems import filesystem
+from sdbatch.storage.store import Entry, Source, check_key
+
+BUCKETS = ("gs://", "az://")
+
+
+class BucketFiles(Source):
+    """Objects of a bucket or container below a prefix."""
+
+    def __init__(self, uri: str) -> None:
+        scheme, _, path = uri.partition("://")
+        self._root = path.strip("/")
+        if not self._root:
+            raise StorageError(f"'{uri}' names no bucket; write {scheme}://bucket/prefix")
+        self.uri = f"{scheme}://{self._root}"
+        self._files, _ = filesystem(self.uri)
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key) as path, self._files.open_input_stream(path) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder = prefix.rpartition("/")[0]
+        with self._reading(folder):
+            selector = fs.FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True, recursive=True)
+            infos = [info for info in self._files.get_file_info(selector) if info.type == fs.FileType.File]
+        entries = [Entry(info.path.removeprefix(f"{self._root}/"), info.size) for info in infos]
+        yield from sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+
+    def version(self, key: str) -> str:
+        """The store's own checksum of the bytes where it has one, or the tag of this writing of them."""
+        with self._reading(key) as path, self._files.open_input_stream(path) as stream:
+            told = {str(pa.scalar(name).as_py()): value for name, value in (stream.metadata() or {}).items()}
+        for name in ("md5Hash", "crc32c", "ETag"):
+            if told.get(name):
+                return f"{name.lower()}:" + told[name].decode().strip('"')
+        raise StorageError(f"{self.uri}/{key}: the store tells no checksum and no tag, so changes can't be noticed")
+
+    def exists(self, key: str) -> bool:
+        with self._reading(key) as path:
+            found: bool = self._files.get_file_info(path).type == fs.FileType.File
+            return found
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[str]:
+        path = f"{self._root}/{check_key(key)}" if key else self._root
+        try:
+            yield path
+        except FileNotFoundError:
+            raise ObjectNotFound(f"{self.uri}/{key} does not exist") from None
+        except (OSError, pa.ArrowException) as error:
+            told = " ".join(str(error).split())
+            raise StorageError(f"{self.uri}/{key} can't be read: {told[:300]}") from None

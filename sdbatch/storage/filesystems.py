@@ -1,0 +1,95 @@
+"""Arrow's file systems, for readers that want files: tables, read by Ray.
+
+Endpoints and credentials come from the usual variables of each: AWS_…, GOOGLE_APPLICATION_CREDENTIALS or
+STORAGE_EMULATOR_HOST, AZURE_STORAGE_…, HF_TOKEN and HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import pyarrow.fs as fs
+from huggingface_hub import HfFileSystem
+
+from sdbatch.errors import StorageError
+
+_PATIENCE = timedelta(seconds=60)
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system that a file lies on, and its path there. Raises StorageError where there can be none."""
+    scheme, found, path = uri.partition("://")
+    if not found:
+        return fs.LocalFileSystem(), uri
+    if scheme == "s3":
+        return _s3(), path
+    try:
+        if scheme == "gs":
+            return _gcs(), path
+        if scheme == "az":
+            return _azure(), path
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{uri}: {' '.join(str(error).split())}") from None
+    if scheme == "hf":
+        return fs.PyFileSystem(fs.FSSpecHandler(hub())), path
+    return fs.LocalFileSystem(), path
+
+
+def hub() -> HfFileSystem:
+    """The Hub that HF_ENDPOINT names, or the one of Hugging Face."""
+    return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+
+
+def _s3() -> fs.FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme, _, host = endpoint.rpartition("://")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return fs.S3FileSystem(
+        endpoint_override=host or None,
+        scheme=scheme or "https",
+        region=region or ("us-east-1" if host else None),
+        connect_timeout=5,
+        request_timeout=30,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=8),
+    )
+
+
+def _gcs() -> fs.FileSystem:
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    if not emulator:
+        return fs.GcsFileSystem(retry_time_limit=_PATIENCE)
+    scheme, _, host = emulator.rpartition("://")
+    return fs.GcsFileSystem(
+        anonymous=True, scheme=scheme or "http", endpoint_override=host.rstrip("/"), retry_time_limit=_PATIENCE
+    )
+
+
+def _azure() -> fs.FileSystem:
+    told = _connection(os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+    account = told.get("AccountName") or os.environ.get("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ValueError("set AZURE_STORAGE_ACCOUNT, or AZURE_STORAGE_CONNECTION_STRING, to say which account it is in")
+    key = told.get("AccountKey") or os.environ.get("AZURE_STORAGE_KEY")
+    token = None if key else told.get("SharedAccessSignature") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    endpoint = urlsplit(told.get("BlobEndpoint", ""))
+    if not endpoint.netloc:
+        return fs.AzureFileSystem(account, account_key=key, sas_token=token)
+    own = endpoint.netloc.startswith(f"{account}.")  # else an emulator, which has the account in the path
+    authority = endpoint.netloc.removeprefix(account) if own else endpoint.netloc
+    return fs.AzureFileSystem(
+        account,
+        account_key=key,
+        sas_token=token,
+        blob_storage_authority=authority,
+        blob_storage_scheme=endpoint.scheme,
+        dfs_storage_authority=authority.replace(".blob.", ".dfs."),
+        dfs_storage_scheme=endpoint.scheme,
+    )
+
+
+def _connection(text: str) -> dict[str, str]:
+    """``AccountName=…;AccountKey=…`` as a mapping."""
+    pairs = (part.partition("=") for part in text.split(";") if part)
+    return {name.strip(): value.strip() for name, _, value in pairs}

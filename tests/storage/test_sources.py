@@ -1,0 +1,243 @@
+"""What is only read: Google Cloud Storage, Azure Blob Storage, the Hugging Face Hub, each a server on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+from sdbatch.engine import planner
+from sdbatch.engine.pictures import BadPicture, read_picture
+from sdbatch.engine.reading import read_slices
+from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
+from sdbatch.prompts import changed_files, find_table
+from sdbatch.spec import Input, parse_spec
+from sdbatch.storage import open_source, open_store
+from tests import azure_server, hub_server
+from tests.hub_server import NEW, OLD, Hub
+from tests.outputs.test_outputs import picture
+
+
+def eggs() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"prompt": [f"{i} eggs" for i in range(300)], "n": list(range(300))})
+    pq.write_table(table, sink, row_group_size=100)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+#: What every source holds; tables in order, and what is none.
+FILES = {
+    "in/a.csv": b"prompt,n\na cat,1\n",
+    "in/b é.csv": b"prompt,n\na dog,2\n",
+    "in/deep/c.csv": b"prompt,n\na hen,3\n",
+    "in/.hidden.csv": b"prompt,n\nno,0\n",
+    "eggs.parquet": eggs(),
+    "p.jsonl": b'{"prompt": "a cow"}\n',
+    "init.png": picture(0).data,
+    "README.md": b"# a data set\n",
+}
+
+
+@dataclass
+class Place:
+    """A source's root, and how its files are changed."""
+
+    uri: str
+    put: Callable[[str, bytes], None]
+
+
+@pytest.fixture(scope="module")
+def gcs() -> Iterator[Place]:
+    """An emulator from the package index, with the storage API's JSON. In this process it would wait for an interpreter
+    that waits for it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    at, command = f"127.0.0.1:{port}", [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory", "--quiet"]
+    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port), "--default-bucket", "bucket"])
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline, "the emulator does not start"
+            time.sleep(0.05)
+        files = pa.fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=at, project_id="p")
+
+        def put(key: str, data: bytes) -> None:
+            with files.open_output_stream(f"bucket/root/{key}") as stream:
+                stream.write(data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", f"http://{at}")
+            yield Place("gs://bucket/root", put)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def azure() -> Iterator[Place]:
+    blobs: azure_server.Blobs = {"container": {}}
+
+    def put(key: str, data: bytes) -> None:
+        blobs["container"][f"root/{key}"] = data
+
+    with azure_server.serving(blobs) as connection, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+        yield Place("az://container/root", put)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Place]]:
+    folder = tmp_path_factory.mktemp("dataset")
+
+    def put(key: str, data: bytes) -> None:
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(data)
+
+    known = {"datasets/studio/prompts": {"main": NEW, "v1": OLD}}
+    hub = Hub(known, {("datasets/studio/prompts", NEW): folder, ("datasets/studio/prompts", OLD): folder})
+    with hub_server.serving(hub), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield hub, Place("hf://datasets/studio/prompts", put)
+
+
+@pytest.fixture(params=["gcs", "azure", "hub"])
+def place(request: pytest.FixtureRequest) -> Place:
+    found = request.getfixturevalue(request.param)
+    place: Place = found[1] if isinstance(found, tuple) else found
+    for key, data in FILES.items():
+        place.put(key, data)
+    return place
+
+
+def tables(uri: str) -> list[str]:
+    return [file.name for file in find_table(Input(uri=uri)).files]
+
+
+def test_a_source_is_listed_and_read(place: Place) -> None:
+    source = open_source(place.uri)
+    assert {entry.key: entry.size for entry in source.list()} == {key: len(data) for key, data in FILES.items()}
+    assert [entry.key for entry in source.list()] == sorted(FILES)
+    assert [entry.key for entry in source.list("in/d")] == ["in/deep/c.csv"]
+    assert all(source.get(key) == data for key, data in FILES.items())
+    assert [source.exists(key) for key in ("in/a.csv", "in", "in/none.csv")] == [True, False, False]
+    with pytest.raises(ObjectNotFound, match=r"in/none\.csv does not exist"):
+        source.get("in/none.csv")
+    with pytest.raises(StorageError, match="is not a key"):
+        source.get("../x")
+    assert list(open_source(f"{place.uri}/nowhere").list()) == []
+
+
+@pytest.mark.parametrize("place", ["gcs", "azure"], indirect=True)  # of a commit on the Hub there are no others
+def test_a_version_tells_other_bytes(place: Place) -> None:
+    source = open_source(place.uri)
+    before = source.version("in/a.csv")
+    assert source.version("in/a.csv") == before != source.version("p.jsonl")
+    place.put("in/a.csv", b"prompt,n\na fox,1\n")
+    assert open_source(f"{place.uri}/in").version("a.csv") != before
+
+
+def test_files_folders_and_globs_are_found(place: Place) -> None:
+    assert tables(f"{place.uri}/in/a.csv") == ["a.csv"]
+    assert tables(f"{place.uri}/in") == ["a.csv", "b é.csv", "deep/c.csv"]
+    assert tables(f"{place.uri}/in/*.csv") == [".hidden.csv", "a.csv", "b é.csv"]
+    assert tables(f"{place.uri}/**/c.csv") == ["in/deep/c.csv"]
+    with pytest.raises(InputError, match="names no table"):
+        tables(f"{place.uri}/nothing")
+    with pytest.raises(InputError, match=r"mixes formats: .*narrow it by a glob"):
+        tables(place.uri)
+
+
+def test_rows_may_start_from_pictures_beside_the_table(place: Place) -> None:
+    assert read_picture("init.png", open_source(place.uri).uri, (16, 8)).shape == (8, 16, 3)
+    with pytest.raises(BadPicture, match=r"none\.png does not exist"):
+        read_picture("none.png", place.uri, (16, 8))
+
+
+def test_nothing_is_written_there(place: Place) -> None:
+    with pytest.raises(StorageError, match=r"is only read from; use a folder or s3://bucket/prefix"):
+        open_store(place.uri)
+    spec = parse_spec({"name": "t", "input": {"uri": "x.csv"}, "output": {"uri": place.uri}})
+    with pytest.raises(OutputError, match=r"output\.uri: .* is only read from"):
+        planner.open_output(spec)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_tables_are_read_by_ray(place: Place) -> None:
+    for what, expected in (
+        ("in", ["a cat", "a dog", "a hen"]),
+        ("p.jsonl", ["a cow"]),
+        ("eggs.parquet", [f"{i} eggs" for i in range(300)]),
+    ):
+        spec = parse_spec({"name": "t", "input": {"uri": f"{place.uri}/{what}"}, "output": {"uri": "out"}})
+        rows = [row for rows in read_slices(spec, find_table(spec.input)) for row in rows.to_pylist()]
+        assert [row["prompt"] for row in rows] == expected
+
+
+def test_a_table_on_the_hub_is_that_of_one_commit(hub: tuple[Hub, Place], tmp_path: Path) -> None:
+    server, place = hub
+    place.put("p.jsonl", FILES["p.jsonl"])
+    found = find_table(Input(uri=f"{place.uri}/p.jsonl"))
+    assert found.files[0].uri == f"hf://datasets/studio/prompts@{NEW}/p.jsonl"
+    assert tables(f"{place.uri}@v1/p.jsonl") == ["p.jsonl"]
+    assert open_source(f"{place.uri}@v1").uri == f"hf://datasets/studio/prompts@{OLD}"
+
+    # A commit later: another file there is no change, another table is, and what was planned is still to be had.
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "p.jsonl").write_bytes(FILES["p.jsonl"])
+    (later / "new.txt").write_bytes(b"x")
+    server.folders["datasets/studio/prompts", "2" * 40] = later
+    server.revisions["datasets/studio/prompts"]["main"] = "2" * 40
+    try:
+        before = json.loads(json.dumps([file.told() for file in found.files]))
+        assert changed_files(before, find_table(Input(uri=f"{place.uri}/p.jsonl"))) == []
+        (later / "p.jsonl").write_bytes(b'{"prompt": "a bull"}\n')
+        server.folders["datasets/studio/prompts", "3" * 40] = later
+        server.revisions["datasets/studio/prompts"]["main"] = "3" * 40
+        (told,) = changed_files(before, find_table(Input(uri=f"{place.uri}/p.jsonl")))
+        assert told.endswith(f"what was planned is hf://datasets/studio/prompts@{NEW}/p.jsonl)")
+        assert changed_files(before, find_table(Input(uri=f"{place.uri}@{NEW}/p.jsonl"))) == []
+    finally:
+        server.revisions["datasets/studio/prompts"]["main"] = NEW
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("hf://datasets/studio/none/p.csv", "there is no such data set, or it is private"),
+        ("hf://datasets/studio/gated/p.csv", r"accepted at https://huggingface\.co/datasets/studio/gated"),
+        ("hf://datasets/studio/prompts@v9/p.csv", "has no such revision"),
+        ("hf://studio/prompts/p.csv", r"should be hf://datasets/OWNER/NAME, and @REVISION and /path"),
+        ("hf://datasets/studio", r"should be hf://datasets/OWNER/NAME"),
+        ("gs://", "names no bucket; write gs://bucket/prefix"),
+        ("ftp://host/p.csv", "nothing of that kind is read; use a path, s3://…, gs://…, az://…, hf://…"),
+    ],
+)
+def test_what_can_not_be_read_is_told_with_its_field(uri: str, told: str, hub: tuple[Hub, Place]) -> None:
+    with pytest.raises(InputError, match=rf"input\.uri: .*{told}"):
+        find_table(Input(uri=uri))
+
+
+def test_azure_needs_an_account_and_a_key_that_fits(azure: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    azure.put("p.jsonl", FILES["p.jsonl"])
+    connection = os.environ["AZURE_STORAGE_CONNECTION_STRING"]
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection.replace(azure_server.KEY, "QSB3cm9uZyBrZXk="))
+    with pytest.raises(InputError, match="AuthenticationFailed") as refused:
+        tables(f"{azure.uri}/p.jsonl")
+    assert "QSB3cm9uZyBrZXk=" not in str(refused.value)
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    with pytest.raises(InputError, match="set AZURE_STORAGE_ACCOUNT"):
+        tables(f"{azure.uri}/p.jsonl")
