@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ from torch import nn
 from sdbatch import cli
 from sdbatch.bench.clock import Setting
 from sdbatch.bench.floor import count_flops
+from sdbatch.bench.quality import Quality, _prompt, find_scorer, gate
 from sdbatch.bench.sizes import checkpoint_of, load_subject
+from sdbatch.bench.subject import Subject
 from sdbatch.bench.techniques import TECHNIQUES
 from sdbatch.bench.waterfall import prepared
 from sdbatch.diffusion.float8 import Float8Linear
+from sdbatch.errors import JobFailed
 
 SETTING = Setting(64, 64, 2, 5.0, "euler", "cpu", "float32", 1)
 
@@ -75,6 +79,45 @@ def test_a_linear_layer_in_eight_bits_is_near_the_one_it_was() -> None:
     assert rounded.shape == expected.shape
     assert rounded.dtype == x.dtype
     assert 0.001 < (rounded - expected).norm() / expected.norm() < 0.06
+
+
+def test_the_gate_lets_alike_pictures_pass_and_refuses_others() -> None:
+    assert Quality(8, 35.0, 20.0, (0.9, 0.895)).reasons == []
+    assert Quality(8, 35.0, 20.0, (0.9, 0.95)).reasons == [], "better is no harm"
+    assert "29.0 dB in the median" in Quality(8, 29.0, 20.0).reasons[0]
+    (lost,) = Quality(8, 35.0, 20.0, (0.9, 0.88)).reasons
+    assert lost.startswith("2.22 % of CLIP's score is lost")
+    assert len(Quality(8, math.nan, math.nan, (0.9, math.nan)).reasons) == 2
+    with pytest.raises(JobFailed, match=r"fp8 does not pass the gate: 29\.0 dB"):
+        Quality(8, 29.0, 20.0).refuse("model.fp8")
+    assert len({_prompt(number) for number in range(200)}) == 200
+
+
+def test_the_gate_measures_what_a_change_does() -> None:
+    checkpoint, scorer = checkpoint_of("builtin:shapes"), find_scorer("", "builtin:shapes", "cpu")
+    assert find_scorer("", "sdxl", "cpu") is None
+    same = gate(checkpoint, SETTING, lambda subject: None, 2, 2, scorer)
+    assert (same.pictures, same.psnr, same.drift) == (2, 99.0, 0.0)
+
+    def spoil(subject: Subject) -> None:
+        subject.unet.conv_out.weight.zero_()
+
+    spoilt = gate(checkpoint, SETTING, spoil, 2, 2, scorer)
+    assert spoilt.reasons
+
+
+def test_the_command_ends_with_1_where_the_gate_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["bench", "--steps", "2", "--batch", "2", "--runs", "1", "--no-techniques", "--gate", "2"]
+    assert cli.call([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["gate"]
+    assert found["passed"]
+    assert found["psnr"] < 99, "it was drawn with other arithmetic"
+    monkeypatch.setattr("sdbatch.bench.quality.LEAST_PSNR", 98.0)
+    assert cli.call([*options, "--out", str(tmp_path)]) == 1
+    assert "does not pass the gate" in " ".join(capsys.readouterr().err.split())
+    assert not json.loads((tmp_path / "bench.json").read_text())["gate"]["passed"]
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own

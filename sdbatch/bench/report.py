@@ -16,11 +16,13 @@ from sdbatch import __version__
 from sdbatch.bench.clock import Setting
 from sdbatch.bench.duel import duel
 from sdbatch.bench.floor import count_flops, peak_flops
+from sdbatch.bench.quality import find_scorer, gate
 from sdbatch.bench.rival import check_rival
 from sdbatch.bench.sizes import checkpoint_of
-from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs
+from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs, float8
 from sdbatch.bench.waterfall import Row, by_batch, phases, prepared, waterfall
 from sdbatch.diffusion import SAMPLERS
+from sdbatch.diffusion.float8 import lacking
 from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.weights import DTYPES
 from sdbatch.errors import UsageError
@@ -45,6 +47,8 @@ class Wanted:
     compiles: bool = False
     techniques: bool = True
     against: str = ""
+    gate: int = 0
+    scorer: str = ""
     out: Path | None = None
 
 
@@ -52,7 +56,10 @@ Tell = Callable[[str], None]
 
 
 def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
-    """Measure; ``tell`` hears a line for each row as it is done. Raises UsageError or ModelError."""
+    """Measure; ``tell`` hears a line for each row as it is done.
+
+    Raises UsageError or ModelError, and in the end JobFailed for what does not pass the gate.
+    """
     _check(wanted)
     torch.set_num_threads(wanted.threads)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -114,11 +121,19 @@ def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
                 "batch {batch}: ours {ours:.3f} images/s, diffusers ({recipe}) {theirs:.3f}: "
                 "{ratio:.3f} × ({ratio_from:.3f} to {ratio_to:.3f})".format(**found["duels"][-1])
             )
+    quality = None
+    if wanted.gate:
+        scorer = find_scorer(wanted.scorer, wanted.model, wanted.device)
+        quality = gate(checkpoint, setting, float8, wanted.gate, wanted.batch, scorer)
+        found["gate"] = quality.told()
+        tell(f"model.fp8, {quality.line()}")
     if wanted.out is not None:
         wanted.out.mkdir(parents=True, exist_ok=True)
         (wanted.out / "bench.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         (wanted.out / "bench.png").write_bytes(draw_plot(found))
         tell(f"written: {wanted.out / 'bench.json'}, {wanted.out / 'bench.png'}")
+    if quality is not None:
+        quality.refuse("model.fp8")
     return found
 
 
@@ -133,6 +148,8 @@ def _check(wanted: Wanted) -> None:
         raise UsageError(f"bench: --against '{wanted.against}' is not known; use diffusers")
     if wanted.against:
         check_rival(wanted.sampler)
+    if wanted.gate and (reason := lacking(wanted.device)):
+        raise UsageError(f"bench: --gate: model.fp8 {reason}")
 
 
 def _machine(device: str) -> dict[str, str]:

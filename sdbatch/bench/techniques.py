@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend as Backend
 
 from sdbatch.bench.subject import Subject
-from sdbatch.diffusion.float8 import to_float8
-from sdbatch.diffusion.resnet import ResnetBlock
+from sdbatch.diffusion.compilation import compile_blocks
+from sdbatch.diffusion.compilation import lacking as compiler_lacking
+from sdbatch.diffusion.float8 import lacking as float8_lacking
+from sdbatch.diffusion.float8 import transformers_to_float8
 from sdbatch.diffusion.unet import Attention, KeysValues, TransformerBlock
 
 
@@ -76,21 +78,13 @@ def vae_as_unet(subject: Subject) -> None:
     subject.vae.to(subject.dtype)
 
 
-def compile_blocks(subject: Subject) -> None:
-    """Blocks of one kind and shape share what was compiled for the first."""
-    torch._dynamo.config.cache_size_limit = 256
-    for block in subject.modules_of(TransformerBlock, ResnetBlock):
-        block.compile(fullgraph=True, dynamic=False)
-
-
 def compile_whole(subject: Subject, mode: str | None = None) -> None:
     subject.unet.compile(fullgraph=True, dynamic=False, mode=mode)
     subject.vae._decode = torch.compile(subject.vae._decode, dynamic=False)  # type: ignore[method-assign]
 
 
 def float8(subject: Subject) -> None:
-    for block in subject.modules_of(TransformerBlock):
-        to_float8(block)
+    transformers_to_float8(subject.unet)
 
 
 def _without_cuda(subject: Subject) -> str | None:
@@ -98,9 +92,11 @@ def _without_cuda(subject: Subject) -> str | None:
 
 
 def _without_float8(subject: Subject) -> str | None:
-    if subject.device.type == "cuda" and torch.cuda.get_device_capability(subject.device) < (8, 9):
-        return "needs compute capability 8.9"
-    return None
+    return float8_lacking(subject.device.type)
+
+
+def _without_compiler(subject: Subject) -> str | None:
+    return compiler_lacking(subject.device.type)
 
 
 def _vae_is_alike(subject: Subject) -> str | None:
@@ -121,8 +117,8 @@ TECHNIQUES = (
     Technique("attention: cuDNN", partial(attend_by, Backend.CUDNN_ATTENTION), _without_cuda, of="attention"),
     Technique("VAE in the U-Net's format", vae_as_unet, _vae_is_alike),
     Technique("VAE picture by picture", slice_vae),
-    Technique("compiled block by block", compile_blocks, of="compiler"),
-    Technique("compiled as a whole", compile_whole, of="compiler"),
+    Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler"),
+    Technique("compiled as a whole", compile_whole, _without_compiler, of="compiler"),
     Technique("CUDA graphs", partial(compile_whole, mode="reduce-overhead"), _without_cuda, of="compiler"),
     Technique("float8 linear layers", float8, _without_float8),
 )

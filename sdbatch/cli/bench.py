@@ -34,6 +34,15 @@ def bench(
     compiles: Annotated[bool, typer.Option("--compile", help="Try torch's compiler too, which takes minutes.")] = False,
     techniques: Annotated[bool, typer.Option(help="Compare techniques one by one, and keep what helps.")] = True,
     against: Annotated[str, typer.Option(metavar="diffusers", help="Measure it in turns with ours.")] = "",
+    gate: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Draw so many pictures with model.fp8 and without; exit with 1 if they are too far apart."
+        ),
+    ] = 0,
+    scorer: Annotated[
+        str, typer.Option(metavar="FOLDER", help="A CLIP model whose score counts, too; builtin:shapes brings its own.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
@@ -57,6 +66,8 @@ def bench(
         compiles,
         techniques,
         against,
+        gate,
+        scorer,
         out,
     )
     found = measure(wanted, lambda line: tell(escape(line)))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sdbatch.diffusion.unet import TransformerBlock
+
 _MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -31,6 +33,23 @@ class Float8Linear(nn.Module):
         h = torch._scaled_mm(rows, self.weight.T, scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16)
         h = h.to(x.dtype).reshape(*x.shape[:-1], -1)
         return h if self.bias is None else h + self.bias
+
+
+def lacking(device: str) -> str | None:
+    """Why ``device``, cpu or cuda, can't compute so on this machine; None where it can."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return "needs a GPU of compute capability 8.9 or later, and there is an older one"
+    try:
+        Float8Linear(nn.Linear(16, 16, device=device))(torch.ones(1, 16, device=device))
+    except (RuntimeError, NotImplementedError):
+        return "needs float8 products, which torch does not have for this device"
+    return None
+
+
+def transformers_to_float8(network: nn.Module) -> None:
+    """The linear layers of all transformer blocks: nearly all of the U-Net's, and those that bear it best."""
+    for block in [module for module in network.modules() if isinstance(module, TransformerBlock)]:
+        to_float8(block)
 
 
 def to_float8(network: nn.Module) -> int:

@@ -102,6 +102,8 @@ class BatchMaker:
             return self.compute(slots)
         except self._model.device_errors as error:
             raise self._device_failed(error, slots) from None
+        except JobFailed:
+            raise
         except Exception:
             return [Refused("") if slot is None else self._compute_alone(slots, i) for i, slot in enumerate(slots)]
 
@@ -120,6 +122,8 @@ class BatchMaker:
             return self.compute(alone)[place]
         except self._model.device_errors as error:
             raise self._device_failed(error, alone) from None
+        except JobFailed:
+            raise
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
 

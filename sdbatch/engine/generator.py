@@ -78,7 +78,7 @@ class Generator:
 
     def load(self) -> dict[str, str]:
         """Load the model; returns the environment that pictures depend on."""
-        self.model = self._model_thread.submit(load_model, self.spec).result()
+        self.model = self._model_thread.submit(load_model, self.spec, self._pen).result()
         if self.model.sha256 != self.job.model_sha256:
             raise ModelError(
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from sdbatch import __version__
 from sdbatch.diffusion import (
     SAMPLERS,
     Adaptation,
@@ -20,15 +22,23 @@ from sdbatch.diffusion import (
     to_uint8,
 )
 from sdbatch.diffusion.adapters import adapt
+from sdbatch.diffusion.compilation import compile_blocks, compile_into
+from sdbatch.diffusion.compilation import lacking as compiler_lacking
+from sdbatch.diffusion.float8 import lacking as float8_lacking
+from sdbatch.diffusion.float8 import transformers_to_float8
 from sdbatch.diffusion.locate import local_path
 from sdbatch.diffusion.memory import peak_bytes
 from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
+from sdbatch.engine.compiled import CompiledCode, code_key
 from sdbatch.engine.image_model import FoundModel
+from sdbatch.errors import JobFailed, ModelError
 from sdbatch.prompts import ImageRequest, ModelFacts
 from sdbatch.spec import Generate, Model, Resources
 
+#: Characters of what the compiler says, at most.
+_MOST_TOLD = 300
 #: Prompts that stay read: the job's negative prompt, and those of which several pictures are made in a row.
 _KEPT_TEXTS = 256
 
@@ -39,8 +49,18 @@ class LatentModel:
     device_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError, torch.AcceleratorError)
     memory_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 
-    def __init__(self, model: Model, settings: Generate, resources: Resources) -> None:
-        """Load ``model``, all of which lies on this machine. Raises ModelError."""
+    def __init__(
+        self,
+        model: Model,
+        settings: Generate,
+        resources: Resources,
+        code: Callable[[str], CompiledCode] | None = None,
+    ) -> None:
+        """Load ``model``, all of which lies on this machine; ``code`` finds what was compiled for it by a key.
+
+        Raises ModelError.
+        """
+        check_computing(model, resources.device)
         # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
         torch.set_num_threads(resources.cpus_per_actor)
         torch.backends.cudnn.benchmark = False
@@ -68,12 +88,41 @@ class LatentModel:
             "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "threads": str(resources.cpus_per_actor),
         }
+        if model.fp8:
+            transformers_to_float8(self._model.unet)
+        self._code = None if code is None else code(self._key(model, resources))
+        if self._code is not None:
+            compile_into(self._code.folder, resources.cpus_per_actor)
+            compile_blocks(self._model)
+
+    def _key(self, model: Model, resources: Resources) -> str:
+        how = model.computing, model.vae_tiling, model.vae_slicing, resources.at_once
+        python = platform.python_version()
+        return code_key(self.sha256, *how, self._settings.guidance_interval, self.environment, python, __version__)
 
     def draw(
         self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
     ) -> tuple[np.ndarray, list[bool]]:
         """See ``ImageModel``. Empty slots are drawn too, so that every batch of a shape computes the same."""
-        lead, settings = next(request for request in requests if request is not None), self._settings
+        lead = next(request for request in requests if request is not None)
+        if self._code is None:
+            return self._drawn(lead, requests, pictures, masks)
+        shape = lead.width, lead.height, lead.guidance_scale > 1, lead.chunks
+        try:
+            with self._code.ready(str(shape)):
+                return self._drawn(lead, requests, pictures, masks)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            told = " ".join(str(error).split())[:_MOST_TOLD]
+            raise JobFailed(f"model.compile: the compiler failed: {told}; set model.compile to false") from None
+
+    def _drawn(
+        self,
+        lead: ImageRequest,
+        requests: Sequence[ImageRequest | None],
+        pictures: np.ndarray | None,
+        masks: np.ndarray | None,
+    ) -> tuple[np.ndarray, list[bool]]:
+        settings = self._settings
         latents = self._model.generate(
             ["" if request is None else request.prompt for request in requests],
             ["" if request is None else request.negative_prompt for request in requests],
@@ -102,6 +151,21 @@ class LatentModel:
         if self._reading.long_prompts == "chunk":
             return [False] * len(prompts)
         return [length > self._model.tokenizer.room for length in self._model.lengths(prompts, self._reading)]
+
+
+def is_there(device: str) -> bool:
+    """Can this process see such a device, cpu or cuda?"""
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def check_computing(model: Model, device: str) -> None:
+    """Raise ModelError where this machine can't do what ``model.fp8`` or ``model.compile`` asks for."""
+    for field, wanted, reason in (
+        ("fp8", model.fp8, float8_lacking(device) if model.fp8 else None),
+        ("compile", model.compile, compiler_lacking(device) if model.compile else None),
+    ):
+        if wanted and reason is not None:
+            raise ModelError(f"model.{field}: {reason} on {platform.node()}; set model.{field} to false")
 
 
 def find_latent(model: Model) -> FoundModel:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from sdbatch.engine.compiled import CompiledCode, Desk
 from sdbatch.engine.image_model import FoundModel, ImageModel
 from sdbatch.engine.null import NULL, NullModel, find_null
 from sdbatch.errors import ModelError, StorageError
@@ -24,13 +26,17 @@ def find_model(model: Model) -> FoundModel:
     return find_latent(_with_uris(model, bring))
 
 
-def load_model(spec: JobSpec) -> ImageModel:
-    """The job's model, ready to draw in the thread that calls this. Raises ModelError."""
+def load_model(spec: JobSpec, desk: Desk) -> ImageModel:
+    """The job's model, ready to draw in the thread that calls this; ``desk`` gives turns to compile.
+
+    Raises ModelError.
+    """
     if spec.model.uri == NULL:
         return NullModel()
     from sdbatch.engine.latent_model import LatentModel  # as above
 
-    return LatentModel(_with_uris(spec.model, bring), spec.generate, spec.resources)
+    code = partial(CompiledCode, open_store(spec.output.uri), desk) if spec.model.compile else None
+    return LatentModel(_with_uris(spec.model, bring), spec.generate, spec.resources, code)
 
 
 #: Bytes that a batch of so many pictures takes of the device, weights and all.

@@ -1,6 +1,9 @@
-"""The number format of ``model.dtype: auto``: decided when a job is planned, and from then on part of its plan."""
+"""What a model computes in: ``model.dtype: auto`` is decided when a job is planned, and from then on part of its plan;
+what the machine can't do is told there, too."""
 
 from __future__ import annotations
+
+import os
 
 from sdbatch.engine.null import NULL
 from sdbatch.errors import UsageError
@@ -29,6 +32,22 @@ def with_format(spec: JobSpec, standing: Job | None) -> JobSpec:
             "('sdbatch plan'), or write bfloat16 or float16"
         )
     return _with(spec, best_dtype(spec.resources.device))
+
+
+def check_computing(spec: JobSpec) -> None:
+    """Raise UsageError where the job's model, or this machine, can't do as ``model.fp8`` and ``model.compile`` say.
+
+    What other nodes can do, or a GPU that is not to be seen here, their actors tell before they draw anything.
+    """
+    model, device = spec.model, spec.resources.device
+    if not (model.fp8 or model.compile):
+        return
+    if model.uri == NULL:
+        raise UsageError(f"model: {NULL} has no network: set model.fp8 and model.compile to false")
+    from sdbatch.engine import latent_model  # torch takes seconds
+
+    if not os.environ.get("RAY_ADDRESS") and latent_model.is_there(device):
+        latent_model.check_computing(model, device)
 
 
 def _with(spec: JobSpec, dtype: str) -> JobSpec:

@@ -16,7 +16,7 @@ from sdbatch.engine.batching import decided
 from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
 from sdbatch.engine.image_model import FoundModel
 from sdbatch.engine.models import find_model, located
-from sdbatch.engine.number_format import with_format
+from sdbatch.engine.number_format import check_computing, with_format
 from sdbatch.engine.reading import check_columns, read_ids, read_slices
 from sdbatch.engine.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
 from sdbatch.errors import InputError, OutputError, StorageError, UsageError
@@ -87,6 +87,7 @@ class Prepared:
 
 def prepare(spec: JobSpec) -> Prepared:
     """Look up everything that the spec names. Raises ModelError, InputError or OutputError."""
+    check_computing(spec)
     model = find_model(spec.model)
     if spec.generate.clip_skip > model.most_clip_skip:
         raise UsageError(

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from sdbatch.engine.cluster import draining_nodes
+from sdbatch.engine.compiled import keep_code, known_code
 from sdbatch.engine.deaths import Death, inquire
 from sdbatch.engine.estimate import Purse
 from sdbatch.engine.generator import Generator, Receipt
@@ -101,7 +102,7 @@ class Pool:
         }
         self._remote: Any = ray.remote(**options)(Generator)
         self._settings = (spec.model_dump(mode="json"), ray.put(job))
-        self._logbook = open_logbook()
+        self._logbook = open_logbook(known_code(spec.output.uri) if spec.model.compile else {})
         self._store = open_store(spec.output.uri)
         self._attempts: dict[str, Attempts] = {}
         self._troubled = troubled_shards(self._store)
@@ -135,6 +136,8 @@ class Pool:
                 if time.monotonic() - self._looked >= _POLL:
                     self._look()
                     self._looked = time.monotonic()
+            if self._spec.model.compile:
+                keep_code(self._spec.output.uri, ray.get(self._logbook.compiled.remote()))
         finally:
             for actor in (*(member.actor for member in self._members), self._logbook):
                 ray.kill(actor)

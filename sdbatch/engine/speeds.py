@@ -79,7 +79,7 @@ class Conditions:
         resources = spec.resources
         return cls(
             model_sha256,
-            spec.model.dtype,
+            spec.model.computing,
             resources.at_once,
             resources.device,
             resources.cpus_per_actor,

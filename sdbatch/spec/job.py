@@ -107,6 +107,9 @@ class JobSpec(Section):
             del fields["output"]["image"]["lossless"]
         if fields["output"].pop("c2pa") is not None:
             fields["output"]["c2pa"] = True  # signed or not; certificates are renewed, keys lie where they lie
+        for changes in ("fp8", "compile"):
+            if not fields["model"][changes]:
+                del fields["model"][changes]
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
             del added["uri"]  # what lies there counts, by its checksum
         return fields

@@ -35,6 +35,14 @@ class Model(Section):
         "float32",
         description="Number format of the weights; auto: what is fastest where the job is planned, decided in the plan",
     )
+    fp8: bool = Field(
+        False,
+        description="Linear layers of the U-Net's transformers in float8: faster on GPUs of compute capability 8.9 and "
+        "later, other pictures; see 'sdbatch bench --gate'",
+    )
+    compile: bool = Field(
+        False, description="Compile the networks' blocks, once for all actors: other last bits, slow first batches"
+    )
     tokenizer: Uri | None = Field(
         None, description="A folder with vocab.json and merges.txt, for single files, which bring none"
     )
@@ -49,6 +57,11 @@ class Model(Section):
     vae_tiling: bool = Field(False, description="Decode large pictures tile by tile: less memory, soft seams")
     vae_slicing: bool = Field(False, description="Decode a batch picture by picture: less memory")
     offload_text_encoders: bool = Field(False, description="Keep text encoders on the GPU only while they encode")
+
+    @property
+    def computing(self) -> str:
+        """What its arithmetic is done in, in words."""
+        return self.dtype + " float8" * self.fp8 + " compiled" * self.compile
 
     @property
     def name(self) -> str:

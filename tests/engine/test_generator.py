@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from sdbatch.diffusion.float8 import Float8Linear
 from sdbatch.engine.batch import Refused
 from sdbatch.engine.generator import Generator
+from sdbatch.engine.logbook import Pen
 from sdbatch.engine.models import find_model
 from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
@@ -27,11 +29,12 @@ from tests.drawn import drawn
 class Planned:
     """Seven prompts in one shard: two batches of three and one padded batch of one."""
 
-    def __init__(self, root: Path, form: str = "images", **generate: Any) -> None:
+    def __init__(self, root: Path, form: str = "images", model: Any = None, **generate: Any) -> None:
         self.spec = parse_spec(
             {
                 "name": "t",
                 "input": {"uri": "x.csv"},
+                "model": model or {},
                 "generate": {"num_inference_steps": 2, **generate},
                 "output": {"uri": str(root), "format": form, "shard_size": 8},
                 "resources": {"batch_size": 3},
@@ -48,8 +51,9 @@ class Planned:
         write_slice(self.store, job.fingerprint, 0, to_table(self.requests, []))
         self.job = write_job(self.store, job, Shards.of([self.shard]))
 
-    def generator(self) -> Generator:
+    def generator(self, pen: Pen | None = None) -> Generator:
         generator = Generator(self.spec.model_dump(mode="json"), self.job)
+        generator._pen = pen or generator._pen
         generator.load()
         return generator
 
@@ -67,6 +71,17 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     receipt = planned.generator().run_shard(planned.shard)
     assert (receipt.committed, receipt.batches) == (7, 3)
     return planned.sums()
+
+
+def test_float8_reaches_the_model_and_pictures_still_have_no_neighbours(tmp_path: Path) -> None:
+    planned = Planned(tmp_path, model={"fp8": True})
+    assert planned.spec.deciding()["model"]["fp8"]
+    assert not {"fp8", "compile"} & set(Planned(tmp_path / "plain").spec.deciding()["model"])
+    generator = planned.generator()
+    float8 = [layer for layer in generator.model._model.unet.modules() if isinstance(layer, Float8Linear)]  # type: ignore[attr-defined]
+    assert len(float8) > 20
+    together, alone = generator.made_again(planned.shard, [0, 1, 2]), generator.made_again(planned.shard, [1])
+    assert together[1] == alone[1]
 
 
 @pytest.mark.parametrize(
