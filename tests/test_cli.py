@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,16 +120,17 @@ def test_finetune_leaves_a_lora_that_a_job_can_name(tmp_path: Path, capsys: pyte
 def test_a_signal_ends_with_130_wherever_it_strikes(
     disguised: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Within its own calls Ray passes on what a signal raises as the cause of a SystemError."""
+    """Of what a signal raises within its own calls Ray makes other errors."""
 
     def strike(*arguments: object) -> None:
         try:
-            raise Interrupted("stopped by a signal")
-        except Interrupted as signal:
+            cli._interrupt(signal.SIGTERM, None)
+        except Interrupted:
             if disguised:
-                raise SystemError("returned a result with an exception set") from signal
+                raise SystemError("returned a result with an exception set") from None
             raise
 
+    monkeypatch.setattr(cli, "_asked_to_stop", threading.Event())
     monkeypatch.setattr("sdbatch.cli.jobs.load_spec", strike)
     assert cli.call(["run", "job.yaml"]) == 130
     assert "stopped by a signal" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def tell_requests(requests: Sequence[ImageRequest]) -> None:
         table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
     for cells in rows:
         table.add_row(*cells.values())
-    people.print(table)
+    people.print(table, "")
 
 
 def _cells(request: ImageRequest) -> dict[str, str]:

@@ -113,7 +113,7 @@ def _train(recipe: FineTuning, uri: str, pictures: Sequence[CaptionedPicture], w
     prompts = recipe.sample_prompts or tuple(captions[:_SAMPLES])
 
     def look(step: int) -> None:
-        monitor.samples(model, prompts, step, batch=recipe.batch, size=size)
+        monitor.samples(model, prompts, step, steps=recipe.sample_steps, batch=recipe.batch, size=size)
 
     train_denoiser(
         model,

@@ -52,13 +52,15 @@ class Monitor:
         prompts: Sequence[str],
         step: int,
         *,
+        steps: int,
         batch: int,
         size: tuple[int, int] | None = None,
     ) -> None:
-        """Draw the prompts, always from the same seeds, ``batch`` at once, as a sheet."""
+        """Draw the prompts in so many ``steps``, always from the same seeds, ``batch`` at once, as a sheet."""
         width, height = size or model.default_size
+        settings: dict[str, Any] = {"width": width, "height": height, "num_inference_steps": steps}
         parts = [
-            model.generate(part, seeds=range(start, start + len(part)), width=width, height=height, sampler="dpmpp_2m")
+            model.generate(part, seeds=range(start, start + len(part)), sampler="dpmpp_2m", **settings)
             for start in range(0, len(prompts), batch)
             if (part := prompts[start : start + batch])
         ]

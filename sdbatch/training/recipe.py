@@ -58,6 +58,7 @@ class Recipe:
     timestep_exponent: float = 0.75  # below 1 high noise, where the layout is decided, comes up more often
     min_snr_gamma: float | None = None
     accumulate: int = 1  # batches a step
+    sample_steps: int = 20  # of the sampler, for the pictures that are drawn along the way
 
     @property
     def vae_plan(self) -> Plan:
@@ -95,6 +96,7 @@ class FineTuning:
     tokenizer: str | None = None  # for single files, which bring none
     prediction_type: str | None = None  # where the checkpoint can't tell
     sample_prompts: tuple[str, ...] = ()  # drawn now and then; none: the first captions
+    sample_steps: int = 20  # of the sampler, for these
     seed: int = 0
     workers: int = 1
     device: str = "cpu"  # or "cuda": one a worker

@@ -97,7 +97,7 @@ def _all_stages(recipe: Recipe, work: Path, progress: Progress) -> None:
         if step % (_LOOK_EVERY * recipe.checkpoint_every) == 0 or step == recipe.steps:
             swaps = word_swap(model, examples)
             monitor.numbers("word swap", swaps, step)
-            monitor.samples(model, prompts, step, batch=_SAMPLES)
+            monitor.samples(model, prompts, step, steps=recipe.sample_steps, batch=_SAMPLES)
             told = ", ".join(f"{word} +{growth:.0f} %" for word, growth in swaps.items())
             monitor.told("denoiser", step, recipe.steps, f"swapped words raise the loss at t = 999: {told}")
 

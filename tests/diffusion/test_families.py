@@ -263,7 +263,10 @@ def test_a_single_file_draws_what_the_folder_draws(
     settings: dict[str, Any] = {"width": 80, "height": 64, "num_inference_steps": 3}
     if model.unet.config.in_channels == 9:
         settings |= {"init_images": pictures, "mask_images": masks}
-    assert torch.equal(draw(again, **settings), draw(model, **settings))
+    stored, read = model.unet.state_dict(), again.unet.state_dict()
+    assert all(torch.equal(read[name], weights) for name, weights in stored.items())
+    # Not to the last bit: where a weight lies in its file says how it is aligned, and by that some CPUs' kernels round.
+    assert relative_error(draw(again, **settings), draw(model, **settings)) < 1e-5
 
 
 def kohya(

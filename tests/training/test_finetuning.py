@@ -20,7 +20,7 @@ from sdbatch.training.objective import Denoising
 from sdbatch.training.world import draw, random_scene
 from tests.diffusion import tiny_models
 
-QUICK = FineTuning(rank=4, steps=4, batch=2, warmup=1, checkpoint_every=2, learning_rate=1e-2)
+QUICK = FineTuning(rank=4, steps=4, batch=2, warmup=1, checkpoint_every=2, learning_rate=1e-2, sample_steps=1)
 PROMPTS = ["a red circle on a white background", "a blue star above a green ring"]
 
 

@@ -37,6 +37,7 @@ TINY = Recipe(
     batch=4,
     warmup=2,
     checkpoint_every=2,
+    sample_steps=1,
 )
 
 
