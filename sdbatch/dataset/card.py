@@ -42,6 +42,7 @@ class Card:
     kept: tuple[str, ...]
     facts: Mapping[str, str]
     counts: Mapping[str, int] = field(default_factory=dict)  # beside the images: what → how many
+    copies: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # folder → what it holds, its pictures' ending
 
 
 def write_card(store: Store, card: Card) -> bool:
@@ -84,6 +85,7 @@ def card_text(card: Card) -> str:
         "Every picture is synthetic and says so itself: its XMP has the IPTC digital source type "
         "`trainedAlgorithmicMedia`, the model, the prompt and the seed. The same request gives the same picture.",
         "",
+        *_copies(card),
         "## Columns",
         "",
         _FILES[card.format].format(ending=card.ending),
@@ -141,7 +143,6 @@ _FILES = {
 
 
 def _front_matter(card: Card) -> dict[str, Any]:
-    paths = {"images": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}
     front: dict[str, Any] = {
         "pretty_name": card.name,
         "license": card.license or "unknown",
@@ -151,22 +152,40 @@ def _front_matter(card: Card) -> dict[str, Any]:
     }
     if not card.images:
         return front
+    endings = {"data": card.ending, **{folder: ending for folder, (_, ending) in card.copies.items()}}
+    names = {folder: "default" if folder == "data" else folder.rpartition("/")[2] for folder in endings}
+    files = {"images": "**", "parquet": "*.parquet", "webdataset": "*.tar"}[card.format]
     front["configs"] = [
-        {"config_name": "default", "data_files": [{"split": "train", "path": paths[card.format]}], "default": True}
+        {
+            "config_name": name,
+            "data_files": [{"split": "train", "path": f"{folder}/{files}"}],
+            **({"default": True} if folder == "data" else {}),
+        }
+        for folder, name in names.items()
     ]
     if card.format == "webdataset":  # a null in the first rows would otherwise decide what all others are
-        described = [{"name": one.name, "dtype": dtype(one.type)} for one in card.columns if one.name not in _STORING]
-        front["dataset_info"] = {
-            "config_name": "default",
-            "features": [
-                {"name": card.ending, "dtype": "image"},
-                {"name": "json", "struct": described},
-                {"name": "txt", "dtype": "string"},
-                {"name": "__key__", "dtype": "string"},
-                {"name": "__url__", "dtype": "string"},
-            ],
-        }
+        front["dataset_info"] = [
+            {"config_name": names[folder], "features": _features(card, ending)} for folder, ending in endings.items()
+        ]
     return front
+
+
+def _features(card: Card, ending: str) -> list[dict[str, Any]]:
+    """What a tar's files hold."""
+    described = [{"name": one.name, "dtype": dtype(one.type)} for one in card.columns if one.name not in _STORING]
+    return [
+        {"name": ending, "dtype": "image"},
+        {"name": "json", "struct": described},
+        *({"name": name, "dtype": "string"} for name in ("txt", "__key__", "__url__")),
+    ]
+
+
+def _copies(card: Card) -> list[str]:
+    """What there is of every picture once more."""
+    if not card.copies:
+        return []
+    rows = [(_code(f"{folder}/"), _code(folder.rpartition("/")[2]), what) for folder, (what, _) in card.copies.items()]
+    return ["## Other sizes", "", *_table(("folder", "configuration", "every picture once more"), rows), ""]
 
 
 def _counts(card: Card) -> dict[str, int]:

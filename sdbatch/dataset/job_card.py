@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from sdbatch.dataset.card import Card, write_card
 from sdbatch.ledger import Commits, Job, Shards, read_shards, read_totals
+from sdbatch.outputs import copies
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store
 
@@ -33,6 +34,7 @@ def write_job_card(store: Store, job: Job, spec: JobSpec) -> bool:
             kept=tuple(spec.kept),
             facts={**settings(shards.makeable()), **_versions(job)},
             counts={"requests that could not be made": totals.quarantined},
+            copies={several.root: (several.told, several.form.type) for several in copies(spec.output)},
         ),
     )
 

@@ -87,7 +87,7 @@ class Generator:
         credentials = self.spec.output.c2pa
         self._signer = None if credentials is None else Signer(credentials, __version__)
         self.environment = {"sdbatch": __version__, "pillow": PIL.__version__, **self.model.environment}
-        self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment)
+        self._committer = ShardCommitter(self.store, self.spec, self.job, self.environment, self._signer)
         return self.environment
 
     def images_made(self) -> int:

@@ -11,12 +11,13 @@ import hashlib
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from sdbatch.errors import ObjectNotFound, StorageError
+from sdbatch.errors import JobFailed, ObjectNotFound, StorageError
 from sdbatch.ledger import (
     Again,
     CommitRecord,
@@ -32,8 +33,11 @@ from sdbatch.ledger import (
 )
 from sdbatch.outputs import (
     FORMATS,
+    Copies,
     EncodedPicture,
+    Signer,
     StoredShard,
+    copies,
     decode_metadata,
     encode_metadata,
     metadata_key,
@@ -42,6 +46,9 @@ from sdbatch.outputs import (
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store
+
+#: Pictures of a shard that are drawn in another size at once.
+_COPIERS = 4
 
 
 def metadata_row(
@@ -84,13 +91,16 @@ class Ended:
 class ShardCommitter:
     """Stores and commits the shards of one job."""
 
-    def __init__(self, store: Store, spec: JobSpec, job: Job, environment: dict[str, str]) -> None:
+    def __init__(
+        self, store: Store, spec: JobSpec, job: Job, environment: dict[str, str], signer: Signer | None = None
+    ) -> None:
         self._store = store
         self._kept, self._templated = spec.kept, spec.prompt.templated
         self._job = job
         self._environment = environment
         self._rounds: dict[int, Round] = {}
         self.writer = FORMATS[spec.output.format](store, spec.output.image.type)
+        self._copies, self._signer = copies(spec.output), signer
 
     def finish_started(self, shard: Shard) -> CommitRecord | None:
         """The shard's record if it is committed, or can be because its metadata is stored already."""
@@ -141,11 +151,53 @@ class ShardCommitter:
             elif row["status"] == "committed":
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
             rows.append(row)
-        key = metadata_key(shard.stem)
-        metadata = encode_metadata(rows, self._kept, templated=self._templated, objects=finished.objects)
+        key, objects = metadata_key(shard.stem), finished.objects
+        if self._copies:
+            objects = objects | self._copied(shard, self._as_stored(rows, pictures, finished))
+        metadata = encode_metadata(rows, self._kept, templated=self._templated, objects=objects)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
         return self._put_record(shard, metadata, seconds, writer)
+
+    def _as_stored(
+        self, rows: Sequence[dict[str, Any]], given: Sequence[EncodedPicture], finished: StoredShard
+    ) -> list[EncodedPicture]:
+        """The pictures that the store holds: those given, unless another writer's are there."""
+        ours = {picture.position: picture.data for picture in given}
+        others = [
+            one.path
+            for one in finished.pictures
+            if hashlib.sha256(ours.get(one.position, b"")).hexdigest() != one.sha256
+        ]
+        read = read_pictures(self._store, others)
+        return [
+            EncodedPicture(one.position, rows[one.position], read.get(one.path) or ours[one.position])
+            for one in finished.pictures
+        ]
+
+    def _copied(self, shard: Shard, pictures: Sequence[EncodedPicture]) -> dict[str, str]:
+        """Store the shard's pictures once more in each other form that is asked for; the sha256 of every object."""
+        fingerprint = self._job.part_of_slice(shard.slice).fingerprint
+        objects = dict[str, str]()
+        for several in self._copies:
+
+            def copy(picture: EncodedPicture, several: Copies = several) -> EncodedPicture:
+                try:
+                    made = several.copy(picture, fingerprint)
+                except (OSError, ValueError) as error:  # too large for its format, say
+                    told = f"{picture.row['image_id']} can't be stored as {several.form.type}: {error}"
+                    raise JobFailed(f"{several.root}: {told}; ask for another size") from None
+                if self._signer is None:
+                    return made
+                return replace(made, data=self._signer.signed(made.data, several.form.type, picture.row))
+
+            if pictures:
+                with ThreadPoolExecutor(_COPIERS) as pool:
+                    made = list(pool.map(copy, pictures))
+                writer = type(self.writer)(self._store, several.form.type, several.root)
+                held = writer.finish(shard.stem, writer.keep(shard.stem, made, last=True))
+                objects |= {one.path: one.sha256 for one in held.pictures if "#" not in one.path} | held.objects
+        return objects
 
     def _put_record(self, shard: Shard, metadata: bytes, seconds: dict[str, float], writer: str) -> CommitRecord:
         rows = decode_metadata(metadata)
@@ -201,7 +253,8 @@ class ShardCommitter:
 
     def _remove(self, stem: str) -> None:
         """Remove an edition's pictures and metadata; its record stays, for the sums."""
-        for entry in list(self._store.list(f"data/{stem}")):
-            if entry.key[len(f"data/{stem}")] in "./":  # not a longer number's, nor another edition's
-                self._store.delete(entry.key)
+        for root in ("data", *(several.root for several in self._copies)):
+            for entry in list(self._store.list(f"{root}/{stem}")):
+                if entry.key[len(f"{root}/{stem}")] in "./":  # not a longer number's, nor another edition's
+                    self._store.delete(entry.key)
         self._store.delete(metadata_key(stem))

@@ -24,6 +24,7 @@ from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger.commits import TOTALS_KEY, CommitRecord, Commits, read_totals
 from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice, shard_stem
 from sdbatch.ledger.rounds import newest_round
+from sdbatch.spec import Output
 from sdbatch.storage import Entry, Store
 
 #: Pictures by their paths, and the sha256 of each object that holds several, by its key.
@@ -33,6 +34,8 @@ Opens = Callable[[bytes], bool]
 Progress = Callable[[int, int], None]
 
 _CHECKERS = 8
+#: Below what an object lies, and the part of its key that tells its shard and edition.
+_PLACE = re.compile(r"(?:renditions/[^/]+|[^/]+)/([^/.]*)")
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Verdict:
     doubled: list[str] = field(default_factory=list)  # recorded more than once, or not planned at all
     altered: list[str] = field(default_factory=list)  # stored bytes that are not those recorded, or no picture
     leftover: list[str] = field(default_factory=list)  # objects of shards that are done, which no record names
-    extra: list[str] = field(default_factory=list)  # all others that are under data/ and metadata/
+    extra: list[str] = field(default_factory=list)  # all others that are under data/, metadata/ and where copies lie
 
     @property
     def ok(self) -> bool:
@@ -114,7 +117,8 @@ def examine(store: Store, job: Job, read: Read, opens: Opens, sample: float = 1.
     if sample < 1.0:  # what no record names can be told only where all records are read
         yield from found
         return
-    again, listings = newest_round(store), [_Listing(store.list(prefix)) for prefix in ("data/", "metadata/")]
+    again, roots = newest_round(store), ["data", "metadata", *Output.model_validate(job.spec["output"]).copied_to]
+    listings = [_Listing(store.list(f"{root}/")) for root in roots]
     for one in found:
         number = one.shard.number
         whole = number == job.shards - 1
@@ -131,7 +135,8 @@ def examine(store: Store, job: Job, read: Read, opens: Opens, sample: float = 1.
 
 def _stem(key: str) -> str:
     """What the keys of a shard's objects have in common, if it is one of those."""
-    return key.partition("/")[2].partition("/")[0].partition(".")[0]
+    found = _PLACE.match(key)
+    return found[1] if found else ""
 
 
 def _examine_all(store: Store, job: Job, read: Read, opens: Opens, sample: float) -> Iterator[Findings]:
@@ -242,8 +247,8 @@ class _Listing:
     def up_to(self, shard: int | None) -> Iterator[str]:
         """The next keys, as far as they belong to shards up to this one; None: all that are left."""
         while self._next is not None:
-            number = re.match(r"[a-z]+/(\d+)", self._next.key)
-            if shard is not None and number is not None and int(number[1]) > shard:
+            number = re.match(r"\d+", _stem(self._next.key))
+            if shard is not None and number is not None and int(number[0]) > shard:
                 return
             yield self._next.key
             self._next = next(self._entries, None)

@@ -7,15 +7,18 @@ from sdbatch.outputs.formats import FORMATS
 from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
 from sdbatch.outputs.provenance import parameters
 from sdbatch.outputs.reading import read_pictures, read_stored
+from sdbatch.outputs.renditions import Copies, copies
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard
 
 __all__ = [
     "FORMATS",
+    "Copies",
     "EncodedPicture",
     "ShardWriter",
     "Signer",
     "StoredPicture",
     "StoredShard",
+    "copies",
     "decode_metadata",
     "dtype",
     "encode",

@@ -6,7 +6,7 @@ from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
 from sdbatch.spec.matrix import MATRIX_FIELDS, combinations, words_of
 from sdbatch.spec.model import LearntWord, Lora, Model
 from sdbatch.spec.notify import Notify
-from sdbatch.spec.output import Credentials, Output, Picture
+from sdbatch.spec.output import Credentials, Output, Picture, Rendition
 from sdbatch.spec.prompt import Prompt
 from sdbatch.spec.resources import Failures, Resources
 from sdbatch.spec.variables import literal, today
@@ -27,6 +27,7 @@ __all__ = [
     "Output",
     "Picture",
     "Prompt",
+    "Rendition",
     "Resources",
     "SamplerName",
     "combinations",

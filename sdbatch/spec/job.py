@@ -103,6 +103,9 @@ class JobSpec(Section):
         if matrix:
             fields["matrix"] = [[name, values] for name, values in matrix.items()]  # their order counts
         del fields["output"]["license"]
+        for unused in ("renditions", "thumbnail"):
+            if not fields["output"][unused]:
+                del fields["output"][unused]
         if not self.output.image.lossless:
             del fields["output"]["image"]["lossless"]
         if fields["output"].pop("c2pa") is not None:

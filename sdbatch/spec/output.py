@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sdbatch.spec.section import Section, Uri
+from sdbatch.spec.words import shown
+
+_MOST_SIDE = 16383  # of a WebP picture
+_LONGEST = 10
 
 
 class Picture(Section):
@@ -40,6 +45,50 @@ class Credentials(Section):
         return self
 
 
+class Rendition(Section):
+    """Every picture once more, in another size or shape."""
+
+    size: str | None = Field(None, description="Pixels, WIDTHxHEIGHT: the picture is scaled to it")
+    aspect: str | None = Field(None, description="Or a shape, 4:5, of as many of the picture's own pixels as fit")
+    fit: Literal["crop", "pad"] = Field("crop", description="Fill the frame and cut what sticks out, or show all of it")
+    background: str = Field("#000000", pattern="^#[0-9a-fA-F]{6}$", description="Colour of what pad leaves free")
+
+    @model_validator(mode="after")
+    def _one_frame(self) -> Self:
+        if (self.size is None) == (self.aspect is None):
+            raise ValueError("needs either size, as 512x512, or aspect, as 4:5")
+        return self
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, size: str | None) -> str | None:
+        known = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", size or "1x1")
+        if known is None or not all(1 <= int(side) <= _MOST_SIDE for side in known.groups()):
+            raise ValueError(f"should be WIDTHxHEIGHT in pixels, each from 1 to {_MOST_SIDE:,}: 512x512")
+        return size
+
+    @field_validator("aspect")
+    @classmethod
+    def _is_aspect(cls, aspect: str | None) -> str | None:
+        side = r"([1-9][0-9]{0,3}(?:\.[0-9]{1,3})?)"
+        known = re.fullmatch(f"{side}:{side}", aspect or "1:1")
+        if known is None or not 1 / _LONGEST <= float(known[1]) / float(known[2]) <= _LONGEST:
+            raise ValueError(
+                f"should be WIDTH:HEIGHT, one of them at most {_LONGEST} times the other: 1:1, 4:5, 16:9, 1.91:1"
+            )
+        return aspect
+
+
+def _check_names(renditions: dict[str, Rendition]) -> dict[str, Rendition]:
+    for name in renditions:
+        if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", name) or name in {"default", "thumbnails"}:
+            raise ValueError(
+                f"has the name {shown(name)}; names become folders: lower case letters, digits, dash and underscore, "
+                "and neither default nor thumbnails"
+            )
+    return renditions
+
+
 class Output(Section):
     """Where pictures and metadata go."""
 
@@ -48,6 +97,13 @@ class Output(Section):
     )
     format: Literal["images", "webdataset", "parquet"] = Field("images", description="Form of the shards")
     image: Picture = Field(default_factory=lambda: Picture())
+    renditions: Annotated[dict[str, Rendition], AfterValidator(_check_names)] = Field(
+        default_factory=dict,
+        description="Name → every picture once more in another size or shape, in a folder renditions/NAME",
+    )
+    thumbnail: int | None = Field(
+        None, ge=16, le=1024, description="Also small WebP pictures in thumbnails/, this many pixels on the longer side"
+    )
     license: str | None = Field(
         None,
         pattern="^[a-z0-9][a-z0-9.+-]{0,63}$",
@@ -55,3 +111,8 @@ class Output(Section):
     )
     c2pa: Credentials | None = Field(None, description="Sign every picture; needs the extra sdbatch[c2pa]")
     shard_size: int = Field(64, ge=1, le=100_000, description="Images a shard: the unit of work and of commit")
+
+    @property
+    def copied_to(self) -> list[str]:
+        """Where pictures lie once more: folders of renditions and thumbnails."""
+        return [*(f"renditions/{name}" for name in self.renditions), *(["thumbnails"] if self.thumbnail else [])]

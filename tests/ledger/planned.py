@@ -18,10 +18,14 @@ from sdbatch.storage import Store
 class Planned:
     """Slices of ten rows, of which the fourth can't be made, in shards of four, four and one, and one faulty."""
 
-    def __init__(self, store: Store, form: str = "images", slices: int = 1) -> None:
+    def __init__(self, store: Store, form: str = "images", slices: int = 1, **output: Any) -> None:
         self.store = store
         self.spec: JobSpec = parse_spec(
-            {"name": "t", "input": {"uri": "x.csv"}, "output": {"uri": store.uri, "format": form, "shard_size": 4}}
+            {
+                "name": "t",
+                "input": {"uri": "x.csv"},
+                "output": {"uri": store.uri, "format": form, "shard_size": 4, **output},
+            }
         )
         tables, shards = [], list[Shard]()
         for number in range(slices):

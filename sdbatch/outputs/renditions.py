@@ -1,0 +1,88 @@
+"""Every picture once more, in other sizes and shapes: renditions and thumbnails.
+
+A copy is made of the stored picture's own bytes, not of what the model drew: so it is the same whenever and by whomever
+it is made, and can be made again as long as the picture is there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sdbatch.outputs.encoding import encode
+from sdbatch.outputs.shards import EncodedPicture
+from sdbatch.spec import Output, Picture, Rendition
+
+_THUMBNAIL = Picture(type="webp", quality=80)
+_LANCZOS = Image.Resampling.LANCZOS
+
+
+@dataclass(frozen=True)
+class Copies:
+    """One copy of every picture: where they lie, how they are drawn and encoded, and that in words."""
+
+    root: str
+    told: str
+    form: Picture
+    draw: Callable[[Image.Image], Image.Image]
+
+    def copy(self, picture: EncodedPicture, fingerprint: str) -> EncodedPicture:
+        """The copy of a picture as a file, what made it inside; its row has the copy's own size."""
+        with Image.open(io.BytesIO(picture.data), formats=("PNG", "JPEG", "WEBP")) as opened:
+            drawn = self.draw(opened.convert("RGB"))
+        row: dict[str, Any] = {**picture.row, "width": drawn.width, "height": drawn.height}
+        return replace(picture, row=row, data=encode(np.asarray(drawn), self.form, picture.row, fingerprint))
+
+
+def copies(output: Output) -> list[Copies]:
+    """What the spec asks for beside the pictures themselves."""
+    asked = [
+        Copies(f"renditions/{name}", _told(rendition), output.image, partial(framed, rendition=rendition))
+        for name, rendition in output.renditions.items()
+    ]
+    if output.thumbnail:
+        told = f"at most {output.thumbnail} pixels a side"
+        asked.append(Copies("thumbnails", told, _THUMBNAIL, partial(_within, longer=output.thumbnail)))
+    return asked
+
+
+def framed(picture: Image.Image, rendition: Rendition) -> Image.Image:
+    """The picture in a rendition's frame, centred."""
+    if rendition.size is not None:
+        width, _, height = rendition.size.partition("x")
+        size = int(width), int(height)
+        if rendition.fit == "crop":
+            return ImageOps.fit(picture, size, _LANCZOS)
+        return ImageOps.pad(picture, size, _LANCZOS, rendition.background)
+    size = _frame(picture.size, str(rendition.aspect), inside=rendition.fit == "crop")
+    left, top = (size[0] - picture.width) // 2, (size[1] - picture.height) // 2
+    canvas = Image.new("RGB", size, rendition.background)
+    canvas.paste(picture, (left, top))  # what lies outside is cut off
+    return canvas
+
+
+def _told(rendition: Rendition) -> str:
+    frame = f"{rendition.size} pixels" if rendition.size else f"{rendition.aspect}, pixels as they are"
+    return f"{frame}, cropped" if rendition.fit == "crop" else f"{frame}, padded with {rendition.background}"
+
+
+def _frame(size: tuple[int, int], aspect: str, *, inside: bool) -> tuple[int, int]:
+    """The largest frame of this shape inside a picture, or the smallest one round it; every pixel stays a pixel."""
+    width, _, height = aspect.partition(":")
+    ratio = float(width) / float(height)
+    if (size[0] > size[1] * ratio) == inside:  # the height decides
+        return max(round(size[1] * ratio), 1), size[1]
+    return size[0], max(round(size[0] / ratio), 1)
+
+
+def _within(picture: Image.Image, longer: int) -> Image.Image:
+    """Reduced to so many pixels on the longer side; never enlarged."""
+    small = picture.copy()
+    small.thumbnail((longer, longer), _LANCZOS)
+    return small
