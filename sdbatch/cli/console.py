@@ -115,6 +115,11 @@ def watching() -> Iterator[Watch]:
         yield watch
 
 
+def of_checks(dropped: int) -> str:
+    """How many of the quarantined that is, in words."""
+    return f", {dropped:,} of them dropped by checks" if dropped else ""
+
+
 def span(seconds: float) -> str:
     """A length of time in words."""
     minutes, rest = divmod(int(seconds), 60)

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from sdbatch.cli.bills import bill_content, bill_lines, forecast_content, forecast_facts
-from sdbatch.cli.console import facts, people, print_json, tell, watching
+from sdbatch.cli.console import facts, of_checks, people, print_json, tell, watching
 from sdbatch.cli.preview import described, tell_requests
 from sdbatch.spec import JobSpec, load_spec
 
@@ -133,7 +133,7 @@ def run(job: Job, set_: Set = [], date: Date = None, extend: Extend = False, as_
 
 
 def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    """Tell how a run ended; exits with 3 when images are quarantined."""
+    """Tell how a run ended; exits with 3 when images are quarantined that no check dropped."""
     status = outcome.status
     rate = outcome.images / outcome.making_seconds if outcome.making_seconds else 0.0
     if as_json:
@@ -144,6 +144,7 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
                 "planned": status.planned,
                 "committed": status.committed,
                 "quarantined": status.quarantined,
+                "dropped": status.dropped,
                 "added": outcome.added,
                 "made_now": outcome.images,
                 "images_per_second": round(rate, 3),
@@ -155,7 +156,7 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
             }
         )
     else:
-        mark = "[green]✓[/]" if not status.quarantined else "[yellow]![/]"
+        mark = "[green]✓[/]" if not status.failed else "[yellow]![/]"
         tell(f"{mark} [bold]{status.name}[/] is {status.state}: {status.committed:,} of {status.planned:,} images")
         output = escape(status.output)
         told = {"output": output}
@@ -164,11 +165,13 @@ def report_outcome(outcome: Outcome, *, as_json: bool) -> None:
         else:
             told["done"] = "there was nothing left to make"
         if status.quarantined:
-            told["quarantined"] = f"[red]{status.quarantined:,}[/], see: sdbatch errors {output}"
+            told["quarantined"] = (
+                f"[red]{status.quarantined:,}[/]{of_checks(status.dropped)}, see: sdbatch errors {output}"
+            )
         told["look"] = f"sdbatch report {output}"
         facts(told)
         tell(*bill_lines(outcome.bill))
-    if status.quarantined:
+    if status.failed:
         raise typer.Exit(3)
 
 

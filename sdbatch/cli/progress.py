@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdbatch import ledger
-from sdbatch.cli.console import people, plain, print_json, span, tell
+from sdbatch.cli.console import of_checks, people, plain, print_json, span, tell
 from sdbatch.cli.results import Json, Output, open_output
 from sdbatch.errors import Interrupted
 from sdbatch.ledger import DEAD, Driver, Progress
@@ -65,7 +65,7 @@ def watch(
     if found.status.state != "complete":
         tell("[yellow]nobody is at work on it any more[/]; the command that started it goes on from here")
         raise typer.Exit(1)
-    if found.status.quarantined:
+    if found.status.failed:
         raise typer.Exit(3)
 
 
@@ -146,7 +146,7 @@ def _facts(found: Progress) -> Iterator[tuple[str, str]]:
     in_flight = int(driver.now.get("in_flight", 0)) if found.at_work and driver else 0
     yield "planned", f"{status.planned:,}"
     yield "committed", f"{status.committed:,}" + (f" and {in_flight:,} made, not committed yet" if in_flight else "")
-    yield "quarantined", f"[red]{status.quarantined:,}[/]" if status.quarantined else "0"
+    yield "quarantined", f"[red]{status.quarantined:,}[/]{of_checks(status.dropped)}" if status.quarantined else "0"
     if status.remaining:
         yield "remaining", f"{status.remaining:,}"
     if found.images_per_second:

@@ -93,7 +93,14 @@ def card_text(card: Card) -> str:
         "",
         *_table(
             ("column", "type", "meaning"),
-            [(_code(one.name), dtype(one.type), _cell(meaning(one.name, card.kept))) for one in card.columns],
+            [
+                (
+                    _code(one.name),
+                    _told(one.type),
+                    _cell(meaning(one.name, card.kept)),
+                )
+                for one in card.columns
+            ],
         ),
         "",
         "## Licence",
@@ -172,7 +179,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
 
 def _features(card: Card, ending: str) -> list[dict[str, Any]]:
     """What a tar's files hold."""
-    described = [{"name": one.name, "dtype": dtype(one.type)} for one in card.columns if one.name not in _STORING]
+    described = [{"name": one.name, **_type(one.type)} for one in card.columns if one.name not in _STORING]
     return [
         {"name": ending, "dtype": "image"},
         {"name": "json", "struct": described},
@@ -186,6 +193,14 @@ def _copies(card: Card) -> list[str]:
         return []
     rows = [(_code(f"{folder}/"), _code(folder.rpartition("/")[2]), what) for folder, (what, _) in card.copies.items()]
     return ["## Other sizes", "", *_table(("folder", "configuration", "every picture once more"), rows), ""]
+
+
+def _type(kind: pa.DataType) -> dict[str, str]:
+    return {"sequence": dtype(kind.value_type)} if pa.types.is_list(kind) else {"dtype": dtype(kind)}
+
+
+def _told(kind: pa.DataType) -> str:
+    return f"list of {dtype(kind.value_type)}" if pa.types.is_list(kind) else dtype(kind)
 
 
 def _counts(card: Card) -> dict[str, int]:

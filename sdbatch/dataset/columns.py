@@ -27,6 +27,17 @@ MEANINGS = {
     "sha256": "checksum of the file",
     "status": "committed: it is there; quarantined: it could not be made",
     "error": "why it could not be made",
+    "failed_checks": "checks that it failed; empty where none did",
+    "clip_score": "how well it fits its prompt: their cosine in a CLIP",
+    "contrast": "standard deviation of its levels, 0 to 255, in the liveliest channel",
+    "phash": "perceptual hash, 64 bits: those of pictures that look alike differ in few",
+    "duplicate_of": "a picture before it in its shard that looks alike",
+    "unsafe_score": "above 0 it shows what it should not, as far as the classifier can tell",
+    "unsafe_concept": "what of that it shows most",
+    "rerolls": "new seeds that it took beyond the first candidates",
+    "seeds_tried": "seeds of all candidates, in their order",
+    "failed_tried": "checks that each of them failed",
+    "scores_tried": "the clip_score of each of them",
 }
 
 

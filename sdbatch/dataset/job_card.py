@@ -33,7 +33,10 @@ def write_job_card(store: Store, job: Job, spec: JobSpec) -> bool:
             columns=metadata_schema(store),
             kept=tuple(spec.kept),
             facts={**settings(shards.makeable()), **_versions(job)},
-            counts={"requests that could not be made": totals.quarantined},
+            counts={
+                "requests that could not be made": totals.quarantined - totals.dropped,
+                **({"pictures that checks dropped": totals.dropped} if totals.dropped else {}),
+            },
             copies={several.root: (several.told, several.form.type) for several in copies(spec.output)},
         ),
     )

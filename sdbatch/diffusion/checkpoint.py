@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from sdbatch.errors import ModelError
 class Component:
     """One network of a checkpoint: its shape, and where its weights lie."""
 
-    name: str  # unet, vae, text_encoder, text_encoder_2
-    kind: type[nn.Module]
+    name: str  # unet, vae, text_encoder, text_encoder_2; clip, safety_checker
+    kind: Callable[[Any], nn.Module]  # its config → the network
     config: Any
     weights: Weights
     origins: Mapping[str, Origin]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
+from sdbatch.diffusion.image_encoder import ImageEncoderConfig
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.tokenizer import CLIPTokenizer, read_tokenizer, write_tokenizer
@@ -71,17 +72,17 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def read_unet(folder: Path) -> Component:
-    config, weights = read_unet_config(folder / "config.json"), _weights(folder)
+    config, weights = read_unet_config(folder / "config.json"), find_weights(folder, weights_name(folder.name))
     return Component(folder.name, UNet, config, weights, _plain_origins(weights))
 
 
 def read_vae(folder: Path) -> Component:
-    config, weights = read_vae_config(folder / "config.json"), _weights(folder)
+    config, weights = read_vae_config(folder / "config.json"), find_weights(folder, weights_name(folder.name))
     return Component(folder.name, VAE, config, weights, _vae_origins(weights))
 
 
 def read_text_encoder(folder: Path) -> Component:
-    config, weights = read_text_config(folder / "config.json"), _weights(folder)
+    config, weights = read_text_config(folder / "config.json"), find_weights(folder, weights_name(folder.name))
     return Component(folder.name, TextEncoder, config, weights, _text_origins(weights))
 
 
@@ -100,8 +101,8 @@ def weights_name(part: str) -> str:
     return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
-def _weights(folder: Path) -> Weights:
-    stem = weights_name(folder.name)
+def find_weights(folder: Path, stem: str) -> Weights:
+    """The weights that lie in ``folder`` under this name, whole or in several files. Raises ModelError."""
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
@@ -200,7 +201,7 @@ _TEXT_ACCEPTED: dict[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu
 
 
 @contextmanager
-def _config(path: Path, accepted: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+def understanding(path: Path, accepted: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """A config to read settings from. Raises ModelError that names what it lacks and what is not ``accepted``."""
     raw = read_json(path)
     for field, values in accepted.items():
@@ -217,10 +218,10 @@ def _config(path: Path, accepted: Mapping[str, tuple[Any, ...]]) -> Iterator[dic
 #: Beyond any model's. What is larger would fail, or take all memory, much later.
 _MOST = 1_000_000
 
-_Config = TypeVar("_Config", UNetConfig, VAEConfig, TextEncoderConfig, NoiseSchedule)
+_Config = TypeVar("_Config", UNetConfig, VAEConfig, TextEncoderConfig, ImageEncoderConfig, NoiseSchedule)
 
 
-def _plausible(config: _Config) -> _Config:
+def plausible(config: _Config) -> _Config:
     """Raise ValueError for a setting that is no number where one belongs, or one that no model has."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -238,7 +239,7 @@ _BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock
 
 
 def read_unet_config(path: Path) -> UNetConfig:
-    with _config(path, _UNET_ACCEPTED) as raw:
+    with understanding(path, _UNET_ACCEPTED) as raw:
         down = raw["down_block_types"]
         for kind in down:
             if kind not in _BLOCKS:
@@ -252,7 +253,7 @@ def read_unet_config(path: Path) -> UNetConfig:
         layers = raw.get("transformer_layers_per_block") or 1
         added = raw.get("addition_embed_type") == "text_time"
         size = raw.get("sample_size") or 64
-        return _plausible(
+        return plausible(
             UNetConfig(
                 in_channels=raw["in_channels"],
                 out_channels=raw["out_channels"],
@@ -273,13 +274,13 @@ def read_unet_config(path: Path) -> UNetConfig:
 
 
 def read_vae_config(path: Path) -> VAEConfig:
-    with _config(path, _VAE_ACCEPTED) as raw:
+    with understanding(path, _VAE_ACCEPTED) as raw:
         for field, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for kind in raw.get(field, []):
                 if kind != known:
                     raise ModelError(f"model file {path}: {field}: {kind!r} is not supported")
         size = raw.get("sample_size", 512)
-        return _plausible(
+        return plausible(
             VAEConfig(
                 in_channels=raw["in_channels"],
                 out_channels=raw["out_channels"],
@@ -296,12 +297,12 @@ def read_vae_config(path: Path) -> VAEConfig:
 
 
 def read_text_config(path: Path) -> TextEncoderConfig:
-    with _config(path, _TEXT_ACCEPTED) as raw:
+    with understanding(path, _TEXT_ACCEPTED) as raw:
         names = [field.name for field in dataclasses.fields(TextEncoderConfig) if field.name != "projection_dim"]
         projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]
         settings = {name: raw[name] for name in names if name in raw}
         width = raw.get("projection_dim", 512) if projected else None
-        return _plausible(TextEncoderConfig(**settings, projection_dim=width))
+        return plausible(TextEncoderConfig(**settings, projection_dim=width))
 
 
 #: What the reference's schedulers take where a config is silent: not what Stable Diffusion was trained with.
@@ -310,14 +311,14 @@ _SCHEDULE_ACCEPTED: dict[str, tuple[Any, ...]] = {"trained_betas": (None,)}
 
 
 def read_schedule(path: Path) -> NoiseSchedule:
-    with _config(path, _SCHEDULE_ACCEPTED) as raw:
+    with understanding(path, _SCHEDULE_ACCEPTED) as raw:
         kind = str(raw.get("_class_name"))
         if "EDM" in kind or "FlowMatch" in kind:
             raise ModelError(f"model file {path}: _class_name: '{kind}' is not supported")
         names = [field.name for field in dataclasses.fields(NoiseSchedule)]
         settings = {**_SILENT, **{name: raw[name] for name in names if name in raw}}
         try:
-            return _plausible(NoiseSchedule(**settings))
+            return plausible(NoiseSchedule(**settings))
         except ModelError as error:
             raise ModelError(f"model file {path}: {error}") from None
 

@@ -25,6 +25,7 @@ from sdbatch.diffusion.tokenizer import CLIPTokenizer, clip_tokenizer, read_toke
 from sdbatch.errors import ModelError
 
 _HUB = re.compile(r"hf:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/pr/\d+|[^/]+))?(/(?P<file>.+\.safetensors))?")
+_HUB_PART = re.compile(r"hf:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/pr/\d+|[^/]+))?(/(?P<part>[A-Za-z0-9_-]+))?")
 _NETWORKS = ("unet", "vae", *ENCODERS)
 
 
@@ -66,12 +67,7 @@ def local_path(uri: str) -> Path:
 def locate(uri: str) -> Path:
     """The folder or file that a model's name stands for; models on the Hub are fetched. Raises ModelError."""
     if uri.startswith("builtin:"):
-        models = Path(str(importlib.resources.files("sdbatch"))) / "models"
-        known = sorted(path.parent.name for path in models.glob("*/model_index.json"))
-        folder = models / uri.removeprefix("builtin:")
-        if uri.removeprefix("builtin:") not in known:
-            raise ModelError(f"model '{uri}' is not built in; there is: " + ", ".join(f"builtin:{n}" for n in known))
-        return folder
+        return _built_in(uri, "model_index.json")
     if uri.startswith("hf:"):
         return _from_hub(uri)
     path = local_path(uri)
@@ -87,6 +83,40 @@ def locate(uri: str) -> Path:
             "a .safetensors file, hf:OWNER/NAME or builtin:NAME"
         )
     return path
+
+
+def locate_clip(uri: str, part: str = "") -> Path:
+    """The folder of a CLIP, which has a config.json; ``part``: one within a folder in the diffusers layout, if it is
+    such a folder. From the Hub, ``hf:OWNER/NAME[@REVISION][/PART]``. Raises ModelError."""
+    if uri.startswith("builtin:"):
+        return _built_in(uri, "config.json")
+    if uri.startswith("hf:"):
+        found = _HUB_PART.fullmatch(uri)
+        if found is None:
+            raise ModelError(f"model '{uri}' should be hf:OWNER/NAME, hf:OWNER/NAME@REVISION, and /FOLDER if one")
+        folders = [f"{found['part']}/"] if found["part"] else ["", *([f"{part}/"] if part else [])]
+        texts = [f"{folder}{name}" for folder in (*folders, "feature_extractor/") for name in ("*.json", "*.txt")]
+        path = _fetch(found, uri, [*texts, *(f"{folder}model{end}" for folder in folders for end in _ends(""))])
+        path = path / (found["part"] or "")
+    else:
+        path = local_path(uri)
+    if part and (path / part / "config.json").is_file():
+        return path / part
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model '{uri if uri.startswith('hf:') else path.absolute()}' has no config.json; name a folder as "
+            "transformers saves CLIP in, hf:OWNER/NAME or builtin:NAME"
+        )
+    return path
+
+
+def _built_in(uri: str, mark: str) -> Path:
+    """The built-in model of this name, of those whose folder has such a file."""
+    models, name = Path(str(importlib.resources.files("sdbatch"))) / "models", uri.removeprefix("builtin:")
+    known = sorted(path.parent.name for path in models.glob(f"*/{mark}"))
+    if name not in known:
+        raise ModelError(f"model '{uri}' is not built in; there is: " + ", ".join(f"builtin:{n}" for n in known))
+    return models / name
 
 
 def _from_hub(uri: str) -> Path:
@@ -112,9 +142,12 @@ def _from_hub(uri: str) -> Path:
 
 def _weights_of(names: Sequence[str], variant: str = "") -> list[str]:
     """Patterns of the weight files that ``folder`` reads."""
-    stems = [f"{name}/{weights_name(name)}" for name in names]
-    ends = (f"{variant}.safetensors", f"{variant}-?????-of-?????.safetensors", f".safetensors.index{variant}.json")
-    return [f"{stem}{end}" for stem in stems for end in ends]
+    return [f"{name}/{weights_name(name)}{end}" for name in names for end in _ends(variant)]
+
+
+def _ends(variant: str) -> tuple[str, ...]:
+    """What the names of weight files end with."""
+    return f"{variant}.safetensors", f"{variant}-?????-of-?????.safetensors", f".safetensors.index{variant}.json"
 
 
 def _fetch(found: re.Match[str], uri: str, wanted: list[str]) -> Path:

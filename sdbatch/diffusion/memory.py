@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdbatch.diffusion.checkpoint import Checkpoint
+from sdbatch.diffusion.checkpoint import Checkpoint, Component
 from sdbatch.diffusion.conditioning import Conditioning
 from sdbatch.diffusion.pipeline import LatentDiffusion, vae_dtype
 from sdbatch.diffusion.weights import DTYPES, skeletons
@@ -94,6 +94,16 @@ def activations(model: LatentDiffusion, *, batch: int, width: int, height: int, 
         model.decode(latents)
         decoding = live.restart()
     return encoding, denoising, decoding
+
+
+def image_encoder_bytes(component: Component, batch: int) -> int:
+    """What a CLIP or a safety checker takes on the device while it looks at ``batch`` pictures, in float32."""
+    with skeletons():
+        module: Any = component.kind(component.config)
+    side = module.vision_model.config.image_size
+    with live_tensors("meta") as live:
+        module.vision_model(torch.zeros(batch, 3, side, side, device="meta"))
+    return _weights(module) + live.peak
 
 
 def _step(model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, guided: bool) -> None:

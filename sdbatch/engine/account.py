@@ -78,7 +78,7 @@ class Account:
             Run(
                 gpus_per_actor=self._resources.gpus_per_actor,
                 usd_per_actor_hour=self._resources.usd_per_actor_hour,
-                conditions=asdict(self._conditions),
+                conditions=self._conditions.content(),
             ),
         )
         self._thread = ThreadPoolExecutor(1, "account")

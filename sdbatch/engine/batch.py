@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +20,26 @@ from sdbatch.spec import JobSpec
 
 @dataclass(frozen=True)
 class Made:
-    """A picture as it left the model."""
+    """A picture as it left the model. ``columns``: what its metadata tell otherwise, or more, than the request."""
 
     pixels: np.ndarray  # (H, W, 3) uint8
     truncated: bool  # its prompt was cut
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A request that could not be made, and why."""
+    """A request that could not be made, or whose picture is not kept, and why."""
 
     error: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NotFinite(Refused):
+    """A request whose picture, or the latent that it is decoded from, is not finite."""
+
+    error: str = "the picture is not finite (NaN or infinity)"
 
 
 Result = Made | Refused
@@ -79,12 +89,7 @@ class BatchMaker:
             if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
                 pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
         truncated = self._model.truncated(["" if request is None else request.prompt for request in filled])
-        return [
-            Made(pixels[slot], truncated[slot])
-            if finite[slot]
-            else Refused("the picture is not finite (NaN or infinity)")
-            for slot in range(len(slots))
-        ]
+        return [Made(pixels[slot], truncated[slot]) if finite[slot] else NotFinite() for slot in range(len(slots))]
 
     def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
         """The picture that a request starts from and its mask, as far as it has any."""

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,19 @@ import PIL
 import ray
 
 from sdbatch import __version__
+from sdbatch.checks import Looks
 from sdbatch.engine.batch import BatchMaker, Refused, Result
+from sdbatch.engine.choosing import Choice, Chooser, Draw
 from sdbatch.engine.image_model import ImageModel
 from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.metrics import ActorMetrics
-from sdbatch.engine.models import load_model
+from sdbatch.engine.models import load_job_measures, load_model
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.engine.speeds import Measured, shape_of
 from sdbatch.errors import ModelError
-from sdbatch.ledger import Job, Shard, read_slice
+from sdbatch.ledger import DROPPED, Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts
-from sdbatch.outputs import EncodedPicture, Signer, encode, pixels_sum
+from sdbatch.outputs import EncodedPicture, Signer, check_columns, checked_columns, encode, pixels_sum
 from sdbatch.prompts import ImageRequest, Shape, from_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import open_store
@@ -66,6 +69,7 @@ class Generator:
         self._metrics = (
             ActorMetrics(self.spec.name, job.model_name) if pen is not None else None
         )  # outside the pool: none
+        self._checked = tuple(check_columns(self.spec.checks))
         self.store = open_store(self.spec.output.uri)
         self._slice: tuple[int, Any] = (-1, None)
         self._made = 0
@@ -84,6 +88,10 @@ class Generator:
                 f"model '{self.spec.model.uri}' is another one on {platform.node()} than the job was planned with"
             )
         self._maker = BatchMaker(self.model, self.spec, self.spec.input.uri)
+        measures = self._model_thread.submit(load_job_measures, self.spec).result()
+        if measures is not None and measures.sha256 != self.job.deciding.get("check_models", {}):
+            raise ModelError(f"a model of checks is another one on {platform.node()} than the job was planned with")
+        self._chooser = None if measures is None else Chooser(measures, self.spec.resources.at_once)
         credentials = self.spec.output.c2pa
         self._signer = None if credentials is None else Signer(credentials, __version__)
         self.environment = {"sdbatch": __version__, "pillow": PIL.__version__, **self.model.environment}
@@ -121,9 +129,10 @@ class Generator:
             return Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
         requests = self._requests(shard)
         settled = self._settled(shard, requests)
+        looks = looks_of({position: end.row for position, end in settled.items()})
         size = self.spec.resources.at_once
         finishing: list[Future[dict[int, Ended]]] = []
-        batches, model_seconds, measured = 0, 0.0, Measured()
+        batches, seconds, measured = 0, {"model": 0.0}, Measured()
         with self._model_turn:
             for first in range(0, len(requests), size):
                 if self._halted.is_set():
@@ -141,24 +150,29 @@ class Generator:
                     # What is made so far shall outlive the death that may come, and never pile up.
                     wait(finishing if attempts.suspect(first, batch) else finishing[:-_WAITING])
                     began = time.perf_counter()
-                    results = self._model_thread.submit(self._make_marked, shard, attempts, first, batch).result()
-                    model_seconds += time.perf_counter() - began
-                    self._tell("model", began)
-                    batches += 1
+                    draw = partial(self._make_marked, shard, attempts, first)
+                    made = self._model_thread.submit(self._choose, first, batch, draw, looks).result()
+                    seconds["model"] += time.perf_counter() - began - made.seconds
+                    self._tell("model", time.perf_counter() - began - made.seconds)
+                    if self._chooser is not None:
+                        seconds["checks"] = seconds.get("checks", 0.0) + made.seconds
+                        self._tell("checks", made.seconds)
+                    batches += made.draws
                     last = first + size >= len(requests)
-                    finishing.append(self._finishers.submit(self._finish, shard, batch, results, last, turn))
+                    finishing.append(self._finishers.submit(self._finish, shard, batch, made.results, last, turn))
                     measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
                 self._made += len(requests[first : first + size])
             self._pen.at(None)
-        made = {position: end for done in finishing for position, end in done.result().items()}
-        ended = [end for _, end in sorted((settled | made).items())]
-        seconds = {"model": model_seconds, "shard": time.perf_counter() - started}
+        ends = {position: end for done in finishing for position, end in done.result().items()}
+        ended = [end for _, end in sorted((settled | ends).items())]
+        seconds["shard"] = time.perf_counter() - started
         began = time.perf_counter()
         record = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
-        self._tell("commit", began)
-        sizes = [len(end.picture.data) for end in made.values() if end.picture is not None]
+        self._tell("commit", time.perf_counter() - began)
+        sizes = [len(end.picture.data) for end in ends.values() if end.picture is not None]
         measured = measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
-        failed, shape = len(made) - len(sizes), shape_of(shard)
+        dropped = sum((end.row["error"] or "").startswith(DROPPED) for end in ends.values())
+        failed, shape = len(ends) - len(sizes) - dropped, shape_of(shard)
         return Receipt(shard.number, record.committed, record.quarantined, failed, batches, shape, measured)
 
     def measure(self, shard: Shard, batches: int) -> Measured:
@@ -169,8 +183,9 @@ class Generator:
             first = starts[number % len(starts)]
             batch = dict(enumerate(requests[first : first + size], first))
             turn = time.perf_counter()
-            results = self._model_thread.submit(self._maker.make, first, batch).result()
-            encoding.append(self._finishers.submit(self._encoded_sizes, shard, batch, results))
+            draw = partial(self._maker.make, first)
+            made = self._model_thread.submit(self._choose, first, batch, draw, {}).result()
+            encoding.append(self._finishers.submit(self._encoded_sizes, shard, batch, made.results))
             measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
         sizes = [size for one in encoding for size in one.result()]
         return measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
@@ -182,10 +197,10 @@ class Generator:
         self._drawn.add(shape)
         return Measured(firsts=1, first_seconds=seconds)
 
-    def _tell(self, stage: str, began: float) -> None:
+    def _tell(self, stage: str, seconds: float) -> None:
         """Tell who measures that a stage is over."""
         if self._metrics is not None:
-            self._metrics.stage(stage, time.perf_counter() - began)
+            self._metrics.stage(stage, seconds)
 
     def _settled(self, shard: Shard, requests: Sequence[ImageRequest]) -> dict[int, Ended]:
         """Position → what needs not be made: an earlier edition's, or what a writer who is gone had finished."""
@@ -193,33 +208,37 @@ class Generator:
         truncated = self.model.truncated([requests[position].prompt for position in kept])
         settled = self._committer.carried_over(shard)
         for (position, data), cut in zip(kept.items(), truncated, strict=True):
-            row = metadata_row(self.job, shard.number, requests[position], truncated=cut)
-            settled[position] = Ended(row, EncodedPicture(position, row, data))
+            checked = checked_columns(data, self._checked) if self._checked else {}
+            if checked is not None:  # else it is made again
+                row = metadata_row(self.job, shard.number, requests[position], truncated=cut) | checked
+                settled[position] = Ended(row, EncodedPicture(position, row, data))
         return settled
 
-    def made_again(self, shard: Shard, positions: Sequence[int]) -> dict[int, bytes | None]:
+    def made_again(self, shard: Shard, positions: Sequence[int], looks: Looks) -> dict[int, bytes | None]:
         """Make some of a shard's pictures again, each in its slot, and store nothing: bytes by position.
 
-        None for a request that fails. Signed pictures come without their signatures.
+        ``looks``: of the shard's pictures, as its metadata tell them. None for a request that fails. Signed pictures
+        come without their signatures.
         """
         requests, size = self._requests(shard), self.spec.resources.at_once
         made: dict[int, bytes | None] = {}
         for first in range(0, len(requests), size):
             batch = {position: requests[position] for position in positions if first <= position < first + size}
-            results = self._model_thread.submit(self._maker.make, first, batch).result() if batch else {}
-            for position, result in results.items():
+            draw = partial(self._maker.make, first)
+            choice = self._model_thread.submit(self._choose, first, batch, draw, dict(looks)).result()
+            for position, result in choice.results.items():
                 made[position] = None
                 if not isinstance(result, Refused):
                     row = metadata_row(self.job, shard.number, requests[position], truncated=result.truncated)
-                    made[position] = self._encoded(result.pixels, shard, row)
+                    made[position] = self._encoded(result.pixels, shard, {**row, **result.columns})
         return made
 
-    def checksums(self, shard: Shard, positions: Sequence[int]) -> dict[int, str | None]:
+    def checksums(self, shard: Shard, positions: Sequence[int], looks: Looks) -> dict[int, str | None]:
         """The sha256 of pictures made again, of a signed one that of its pixels: no two signatures are alike."""
         signed = self.spec.output.c2pa is not None
         return {
             at: None if data is None else pixels_sum(data) if signed else hashlib.sha256(data).hexdigest()
-            for at, data in self.made_again(shard, positions).items()
+            for at, data in self.made_again(shard, positions, looks).items()
         }
 
     # -- one batch ---------------------------------------------------------------------------------------
@@ -230,6 +249,14 @@ class Generator:
             table = read_slice(self.store, self.job, shard.slice)
             self._slice = (shard.slice, table)
         return from_table(table.slice(shard.offset, shard.count))
+
+    def _choose(
+        self, first: int, batch: Mapping[int, ImageRequest], draw: Draw, looks: dict[int, tuple[str, str]]
+    ) -> Choice:
+        """A batch's pictures, with checks the best of those that ``draw`` makes."""
+        if self._chooser is None:
+            return Choice(dict(draw(batch)), draws=1, seconds=0.0)
+        return self._chooser.choose(first, batch, draw, looks)
 
     def _make_marked(
         self, shard: Shard, attempts: Attempts, first: int, batch: Mapping[int, ImageRequest]
@@ -252,7 +279,8 @@ class Generator:
 
     def _encoded(self, pixels: np.ndarray, shard: Shard, row: dict[str, Any]) -> bytes:
         """The picture's bytes, unsigned. They tell the fingerprint of its part of the plan: no extension changes it."""
-        return encode(pixels, self.spec.output.image, row, self.job.part_of_slice(shard.slice).fingerprint)
+        fingerprint = self.job.part_of_slice(shard.slice).fingerprint
+        return encode(pixels, self.spec.output.image, row, fingerprint, self._checked)
 
     def _finish(
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result], last: bool, begun: float
@@ -261,11 +289,15 @@ class Generator:
         began = time.perf_counter()
         rows, pictures = self._as_files(shard, batch, results)
         kept = self._committer.writer.keep(shard.stem, pictures, last=last)
-        self._tell("finish", began)
+        self._tell("finish", time.perf_counter() - began)
         if kept and not last:  # the last ones outlive it only with the whole shard
             self._pen.kept()
         self._longest = max(self._longest, time.perf_counter() - begun)
         by_position = {picture.position: picture for picture in kept}
+        ours = {picture.position: picture.data for picture in pictures}
+        for position, picture in by_position.items():
+            if self._checked and picture.data != ours[position]:  # another writer's
+                rows[position] |= checked_columns(picture.data, self._checked) or {}
         return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
 
     def _as_files(
@@ -276,9 +308,9 @@ class Generator:
         for position, request in batch.items():
             result = results[position]
             if isinstance(result, Refused):
-                rows[position] = metadata_row(self.job, shard.number, request, error=result.error)
+                rows[position] = {**metadata_row(self.job, shard.number, request, error=result.error), **result.columns}
                 continue
-            row = metadata_row(self.job, shard.number, request, truncated=result.truncated)
+            row = {**metadata_row(self.job, shard.number, request, truncated=result.truncated), **result.columns}
             try:
                 data = self._encoded(result.pixels, shard, row)
                 if self._signer is not None:
@@ -286,7 +318,7 @@ class Generator:
                 pictures.append(EncodedPicture(position, row, data))
             except (OSError, ValueError) as error:  # too large for its format, say
                 told = f"the picture can't be encoded as {self.spec.output.image.type}: {error}"
-                row = metadata_row(self.job, shard.number, request, error=told)
+                row = {**metadata_row(self.job, shard.number, request, error=told), **result.columns}
             rows[position] = row
         return rows, pictures
 
@@ -294,3 +326,12 @@ class Generator:
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result]
     ) -> list[int]:
         return [len(picture.data) for picture in self._as_files(shard, batch, results)[1]]
+
+
+def looks_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
+    """Position → image_id and perceptual hash of the pictures among these metadata rows that have one."""
+    return {
+        position: (row["image_id"], row["phash"])
+        for position, row in rows.items()
+        if row["status"] == "committed" and row.get("phash")
+    }

@@ -11,6 +11,7 @@ from sdbatch.engine.runner import Outcome, Watch, driving, finish
 from sdbatch.engine.webhook import check_notify, telling
 from sdbatch.errors import Problem, SpecError, UsageError
 from sdbatch.ledger import (
+    DROPPED,
     Again,
     CommitRecord,
     Commits,
@@ -23,7 +24,7 @@ from sdbatch.ledger import (
     read_shards,
     renew_totals,
 )
-from sdbatch.outputs import decode_metadata, opens, read_stored
+from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored
 from sdbatch.spec import JobSpec, overridden, parse_spec
 from sdbatch.storage import Store
 
@@ -39,6 +40,7 @@ _CHANGEABLE = (
     "generate.guidance_rescale",
     "generate.guidance_interval",
     "generate.clip_skip",
+    "checks.",
 )
 _READERS = 8
 
@@ -47,7 +49,8 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
     """Run the quarantined requests again, with their seeds and in their slots.
 
     ``changed`` are fields of the spec, ``field=value``, that are to be otherwise this time; they are recorded.
-    Requests that were refused at plan time stay so. What an earlier run left undone is made, too.
+    Requests that were refused at plan time stay so, and pictures that checks dropped unless something has changed: the
+    same seeds would give the same pictures. What an earlier run left undone is made, too.
     """
     for change in changed:
         if not change.startswith(_CHANGEABLE):
@@ -55,7 +58,7 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
             raise SpecError("--set", [Problem(change, "can't be changed for a retry", f"what can: {fields}")])
         if change in {"model.dtype=auto", "resources.batch_size=auto"}:
             raise SpecError("--set", [Problem(change, "is decided with the plan, which stands", "write a value")])
-    return _again(store, "retry", tuple(changed), lambda job: _quarantined(store, job), watch)
+    return _again(store, "retry", tuple(changed), lambda job: _quarantined(store, job, bool(changed)), watch)
 
 
 def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
@@ -100,7 +103,8 @@ def _again(
 
 def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:
     """The job as it was planned, but for the changes. Raises UsageError when its model is another one now."""
-    spec: JobSpec = overridden(parse_spec(job.spec, "the output's job.yaml"), changed)
+    planned = parse_spec(job.spec, "the output's job.yaml")
+    spec: JobSpec = overridden(planned, changed)
     spec = spec.model_copy(update={"output": spec.output.model_copy(update={"uri": store.uri})})
     prepared = prepare(spec)
     if prepared.model.sha256 != job.model_sha256:
@@ -108,18 +112,33 @@ def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:
             f"model.uri: {spec.model.uri} is another model than the job was planned with; name where that one lies now "
             "by --set model.uri=…"
         )
+    for name, sha256 in prepared.checks.sha256.items():
+        if sha256 != job.deciding.get("check_models", {}).get(name, sha256):
+            raise UsageError(
+                f"checks.{name}.model: is another model than the job was planned with; name where that lies"
+            )
+    if check_columns(spec.checks) != check_columns(planned.checks):
+        raise UsageError(
+            "checks: which checks there are, and which columns they fill in, is planned: change how strict they are, "
+            "what happens to pictures that fail, or where models lie"
+        )
     return prepared
 
 
-def _quarantined(store: Store, job: Job) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
-    """Records with quarantined requests that could be made, and the positions of these."""
+def _quarantined(store: Store, job: Job, dropped: bool) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
+    """Records with quarantined requests that could be made, and the positions of these; ``dropped``: by checks, too."""
     shards = read_shards(store, job)
     makeable: Mapping[int, bool] = dict(zip(shards.column("number").tolist(), shards.column("makeable"), strict=True))
-    records = (record for record in Commits(store).newest() if record.quarantined and makeable[record.shard])
+    records = (
+        record
+        for record in Commits(store).newest()
+        if record.quarantined > (0 if dropped else record.dropped) and makeable[record.shard]
+    )
 
     def positions(record: CommitRecord) -> tuple[int, ...]:
         rows = decode_metadata(store.get(record.metadata_key))
-        return tuple(position for position, row in enumerate(rows) if row["status"] == "quarantined")
+        errors = {position: row["error"] for position, row in enumerate(rows) if row["status"] == "quarantined"}
+        return tuple(position for position, error in errors.items() if dropped or not error.startswith(DROPPED))
 
     with ThreadPoolExecutor(_READERS) as pool:
         several = list(records)

@@ -24,7 +24,7 @@ NAMES = {
     "sdbatch_planned_images": "Images that are planned",
     "sdbatch_finished_images": "Images that are committed or quarantined, by all runs",
     "sdbatch_actors": "Actors whose model is loaded",
-    "sdbatch_stage_seconds": "Seconds of a stage: model (a batch), finish (encoding and storing it), commit (a shard)",
+    "sdbatch_stage_seconds": "Seconds of a stage: model and checks (a batch), finish (storing it), commit (a shard)",
     "sdbatch_model_busy_ratio": "Share of the time that an actor's model, and so its GPU, was at work",
 }
 
@@ -72,7 +72,7 @@ class ActorMetrics:
     def stage(self, name: str, seconds: float) -> None:
         """A stage took so long."""
         self._stage.observe(max(seconds, 1e-6), {"stage": name})
-        if name == "model":
+        if name in {"model", "checks"}:  # its device is at work
             self._model_seconds += seconds
 
     def look(self) -> None:

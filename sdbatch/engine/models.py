@@ -1,4 +1,4 @@
-"""The job's model, found and, where it lies in an object store, brought to this machine."""
+"""The job's models, found and, where they lie in an object store, brought to this machine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from sdbatch.checks import FoundChecks, Measures, find_checks, load_measures, measures_bytes
 from sdbatch.engine.compiled import CompiledCode, Desk
 from sdbatch.engine.image_model import FoundModel, ImageModel
 from sdbatch.engine.null import NULL, NullModel, find_null
 from sdbatch.errors import ModelError, StorageError
-from sdbatch.spec import JobSpec, Model
+from sdbatch.spec import Checks, ClipScore, JobSpec, Model, Safety
 from sdbatch.storage import open_store
 
 
@@ -44,22 +45,49 @@ Footprint = Callable[[int], int]
 
 
 def footprint(spec: JobSpec, width: int, height: int) -> Footprint:
-    """What the job's model takes for pictures of a size, told without loading it. Raises ModelError."""
+    """What the job's models take for pictures of a size, told without loading them. Raises ModelError."""
+    checks = measures_bytes(_brought(spec.checks))
     if spec.model.uri == NULL:
-        return lambda batch: 0
+        return checks
     from sdbatch.engine.latent_model import latent_footprint  # as above
 
-    return latent_footprint(_with_uris(spec.model, bring), width, height)
+    drawing = latent_footprint(_with_uris(spec.model, bring), width, height)
+    return lambda batch: drawing(batch) + checks(batch)
+
+
+def find_job_checks(spec: JobSpec) -> FoundChecks:
+    """Find the models of the job's checks on this machine, fetching what lies elsewhere. Raises ModelError."""
+    return find_checks(_brought(spec.checks))
+
+
+def load_job_measures(spec: JobSpec) -> Measures | None:
+    """What measures the job's pictures, in the thread that calls this; None without checks. Raises ModelError."""
+    checks = _brought(spec.checks)
+    if checks is None:
+        return None
+    resources = spec.resources
+    return load_measures(checks, resources.device, resources.cpus_per_actor, emphasis=spec.generate.emphasis)
 
 
 def located(model: Model, found: FoundModel) -> Model:
     """The model's spec for processes with other working folders: paths whole, a Hub model's revision pinned."""
-    parts = found.path.parts if found.path is not None else ()
-    if model.uri.startswith("hf:") and "@" not in model.uri and "snapshots" in parts:
-        revision = parts[len(parts) - parts[::-1].index("snapshots")]
-        owner, name, *file = model.uri.removeprefix("hf:").split("/", 2)
-        model = model.model_copy(update={"uri": "/".join([f"hf:{owner}/{name}@{revision}", *file])})
+    if found.path is not None:
+        model = model.model_copy(update={"uri": _pinned(model.uri, found.path)})
     return _with_uris(model, _whole)
+
+
+def located_checks(checks: Checks | None, found: FoundChecks) -> Checks | None:
+    """The spec's checks for processes with other working folders, as :func:`located`."""
+    return _checks_with_uris(checks, lambda uri, name: _whole(_pinned(uri, found.paths[name])))
+
+
+def _pinned(uri: str, path: Path) -> str:
+    """The URI with the revision that was found, if it is one of the Hub's without."""
+    if not uri.startswith("hf:") or "@" in uri or "snapshots" not in path.parts:
+        return uri
+    revision = path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]
+    owner, name, *file = uri.removeprefix("hf:").split("/", 2)
+    return "/".join([f"hf:{owner}/{name}@{revision}", *file])
 
 
 def _with_uris(model: Model, change: Callable[[str], str]) -> Model:
@@ -72,6 +100,28 @@ def _with_uris(model: Model, change: Callable[[str], str]) -> Model:
             "embeddings": [word.model_copy(update={"uri": change(word.uri)}) for word in model.embeddings],
         }
     )
+
+
+def _checks_with_uris(checks: Checks | None, change: Callable[[str, str], str]) -> Checks | None:
+    """The spec's checks with ``change(uri, check)`` made to where their models lie."""
+    if checks is None:
+        return None
+    models = {name: check for name in checks.names if isinstance(check := getattr(checks, name), ClipScore | Safety)}
+    return checks.model_copy(
+        update={name: check.model_copy(update={"model": change(check.model, name)}) for name, check in models.items()}
+    )
+
+
+def _brought(checks: Checks | None) -> Checks | None:
+    """The spec's checks with their models on this machine. Raises ModelError, which names the field."""
+
+    def change(uri: str, name: str) -> str:
+        try:
+            return bring(uri)
+        except ModelError as error:
+            raise ModelError(f"checks.{name}.model: {error}") from None
+
+    return _checks_with_uris(checks, change)
 
 
 def _whole(uri: str) -> str:

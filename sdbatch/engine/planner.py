@@ -12,10 +12,11 @@ import PIL
 import pyarrow as pa
 
 from sdbatch import __version__
+from sdbatch.checks import FoundChecks
 from sdbatch.engine.batching import decided
 from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
 from sdbatch.engine.image_model import FoundModel
-from sdbatch.engine.models import find_model, located
+from sdbatch.engine.models import find_job_checks, find_model, located, located_checks
 from sdbatch.engine.number_format import check_computing, with_format
 from sdbatch.engine.reading import check_columns, read_ids, read_slices
 from sdbatch.engine.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
@@ -62,11 +63,12 @@ class Prepared:
     table: Table
     store: Store
     wildcards: WildcardFiles
+    checks: FoundChecks
 
     def deciding(self) -> dict[str, Any]:
         """What a resumed job may not change, beside its table and its model."""
-        sums = self.wildcards.sha256
-        return self.spec.deciding() | ({"wildcards": sums} if sums else {})
+        sums = {"wildcards": self.wildcards.sha256, "check_models": self.checks.sha256}
+        return self.spec.deciding() | {name: found for name, found in sums.items() if found}
 
     @property
     def located(self) -> JobSpec:
@@ -80,6 +82,7 @@ class Prepared:
             update={
                 "input": self.spec.input.model_copy(update={"uri": base}),
                 "model": located(self.spec.model, self.model),
+                "checks": located_checks(self.spec.checks, self.checks),
                 "output": self.spec.output.model_copy(update={"uri": self.store.uri}),
             }
         )
@@ -93,6 +96,7 @@ def prepare(spec: JobSpec) -> Prepared:
         raise UsageError(
             f"generate.clip_skip: is {spec.generate.clip_skip}; this model allows at most {model.most_clip_skip}"
         )
+    checks = find_job_checks(spec)
     if spec.output.c2pa is not None:
         Signer(spec.output.c2pa, __version__)
     table = find_table(spec.input)
@@ -102,7 +106,7 @@ def prepare(spec: JobSpec) -> Prepared:
     store = open_output(spec)
     standing = find_job(store)
     spec = decided(with_format(spec, standing), model.facts, standing)
-    return Prepared(spec, model, table, store, wildcards)
+    return Prepared(spec, model, table, store, wildcards, checks)
 
 
 def open_output(spec: JobSpec) -> Store:

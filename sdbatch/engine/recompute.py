@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.generator import Generator
+from sdbatch.engine.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
 from sdbatch.outputs import decode_metadata, pixels_sum, read_pictures
@@ -42,8 +42,9 @@ def recompute(store: Store, count: int, progress: Callable[[int, int], None]) ->
         remote: Any = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(Generator)
         actor = remote.remote(prepared.located.model_dump(mode="json"), job)
         ray.get(actor.load.remote())
-        for shard, rows in _chosen(store, job, count):
-            sums = ray.get(actor.checksums.remote(shard, list(rows)))
+        for shard, positions, all_rows in _chosen(store, job, count):
+            sums = ray.get(actor.checksums.remote(shard, positions, looks_of(dict(enumerate(all_rows)))))
+            rows = {position: all_rows[position] for position in positions}
             stored = _pixels(store, rows) if signed else {position: row["sha256"] for position, row in rows.items()}
             for position, row in rows.items():
                 if sums[position] == stored[position]:
@@ -66,8 +67,8 @@ def _pixels(store: Store, rows: Mapping[int, dict[str, Any]]) -> dict[int, str]:
     return found
 
 
-def _chosen(store: Store, job: Job, count: int) -> Iterator[tuple[Shard, dict[int, dict[str, Any]]]]:
-    """Shards in an order that the job's fingerprint decides, and of each some rows of its metadata by their places."""
+def _chosen(store: Store, job: Job, count: int) -> Iterator[tuple[Shard, list[int], list[dict[str, Any]]]]:
+    """Shards in an order that the job's fingerprint decides, the places of some pictures of each, all its metadata."""
     shards, commits, chance = read_shards(store, job).makeable(), Commits(store), random.Random(job.fingerprint)
     a_shard = -(-count // max(len(shards), 1))
     for place in chance.sample(range(len(shards)), len(shards)):
@@ -81,4 +82,4 @@ def _chosen(store: Store, job: Job, count: int) -> Iterator[tuple[Shard, dict[in
         made = [position for position, row in enumerate(rows) if row["status"] == "committed"]
         picked = sorted(chance.sample(made, min(a_shard, count, len(made))))
         count -= len(picked)
-        yield shard, {position: rows[position] for position in picked}
+        yield shard, picked, rows

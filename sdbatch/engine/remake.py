@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdbatch.engine.generator import Generator
+from sdbatch.engine.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.errors import JobFailed, UsageError
 from sdbatch.ledger import CommitRecord, Commits, Job, Shard, Shards, read_job, read_round, read_shards, read_slice
@@ -38,13 +38,14 @@ def remake(store: Store, image: str) -> Remade:
     record = Commits(store).of_slice(shard.slice).get(shard.number)
     if record is None:
         raise UsageError(f"IMAGE: {image} has not been made yet; 'sdbatch run' makes it")
-    row = decode_metadata(store.get(record.metadata_key))[position]
+    rows = decode_metadata(store.get(record.metadata_key))
+    row = rows[position]
     if row["status"] != "committed":
         raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; 'sdbatch retry' tries it again")
     prepared = prepared_again(store, job, _changed(store, record, position))
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
-    data = generator.made_again(shard, [position])[position]
+    data = generator.made_again(shard, [position], looks_of(dict(enumerate(rows))))[position]
     if data is None:
         raise JobFailed(f"{image} could be made then and can't be made now")
     then = record.environment

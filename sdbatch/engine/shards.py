@@ -37,6 +37,8 @@ from sdbatch.outputs import (
     EncodedPicture,
     Signer,
     StoredShard,
+    check_columns,
+    checked_columns,
     copies,
     decode_metadata,
     encode_metadata,
@@ -99,7 +101,8 @@ class ShardCommitter:
         self._job = job
         self._environment = environment
         self._rounds: dict[int, Round] = {}
-        self.writer = FORMATS[spec.output.format](store, spec.output.image.type)
+        self._checked = check_columns(spec.checks)
+        self.writer = FORMATS[spec.output.format](store, spec.output.image.type, checked=self._checked)
         self._copies, self._signer = copies(spec.output), signer
 
     def finish_started(self, shard: Shard) -> CommitRecord | None:
@@ -142,10 +145,15 @@ class ShardCommitter:
         pictures = [end.picture for end in ended if end.picture is not None]
         finished = self.writer.finish(shard.stem, pictures) if pictures else StoredShard([], {})
         stored = {picture.position: picture for picture in finished.pictures}
+        standing = self._as_stored(pictures, finished) if self._copies or self._checked else []
+        ours = {picture.position: picture.data for picture in pictures}
+        theirs = {one.position: one.data for one in standing if self._checked and one.data != ours.get(one.position)}
         rows = []
         for position, row in enumerate(end.row for end in ended):
             picture = stored.get(position)
             if picture is not None:  # also one that failed here, and that another writer's object holds
+                if position in theirs:
+                    row = row | (checked_columns(theirs[position], self._checked) or {})
                 row = row | {"path": picture.path, "bytes": picture.bytes, "sha256": picture.sha256}
                 row |= {"status": "committed", "error": None}
             elif row["status"] == "committed":
@@ -153,25 +161,23 @@ class ShardCommitter:
             rows.append(row)
         key, objects = metadata_key(shard.stem), finished.objects
         if self._copies:
-            objects = objects | self._copied(shard, self._as_stored(rows, pictures, finished))
-        metadata = encode_metadata(rows, self._kept, templated=self._templated, objects=objects)
+            objects = objects | self._copied(shard, [replace(one, row=rows[one.position]) for one in standing])
+        metadata = encode_metadata(rows, self._kept, templated=self._templated, checked=self._checked, objects=objects)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
         return self._put_record(shard, metadata, seconds, writer)
 
-    def _as_stored(
-        self, rows: Sequence[dict[str, Any]], given: Sequence[EncodedPicture], finished: StoredShard
-    ) -> list[EncodedPicture]:
-        """The pictures that the store holds: those given, unless another writer's are there."""
-        ours = {picture.position: picture.data for picture in given}
+    def _as_stored(self, given: Sequence[EncodedPicture], finished: StoredShard) -> list[EncodedPicture]:
+        """The pictures that the store holds: those given, unless another writer's are there, whose rows are open."""
+        ours = {picture.position: picture for picture in given}
         others = [
             one.path
             for one in finished.pictures
-            if hashlib.sha256(ours.get(one.position, b"")).hexdigest() != one.sha256
+            if one.position not in ours or hashlib.sha256(ours[one.position].data).hexdigest() != one.sha256
         ]
         read = read_pictures(self._store, others)
         return [
-            EncodedPicture(one.position, rows[one.position], read.get(one.path) or ours[one.position])
+            EncodedPicture(one.position, {}, read[one.path]) if one.path in read else ours[one.position]
             for one in finished.pictures
         ]
 
@@ -194,7 +200,7 @@ class ShardCommitter:
             if pictures:
                 with ThreadPoolExecutor(_COPIERS) as pool:
                     made = list(pool.map(copy, pictures))
-                writer = type(self.writer)(self._store, several.form.type, several.root)
+                writer = type(self.writer)(self._store, several.form.type, several.root, self._checked)
                 held = writer.finish(shard.stem, writer.keep(shard.stem, made, last=True))
                 objects |= {one.path: one.sha256 for one in held.pictures if "#" not in one.path} | held.objects
         return objects
@@ -222,9 +228,7 @@ class ShardCommitter:
             environment=self._environment,
             finished_at=round(time.time(), 3),
             edition=shard.edition,
-            replaced={}
-            if before is None
-            else {"committed": before.committed, "quarantined": before.quarantined, "bytes": before.bytes},
+            replaced={} if before is None else _sums(before),
             replaced_reasons={} if before is None else count_reasons(before.failures),
         )
         if not put_commit(self._store, record):
@@ -258,3 +262,9 @@ class ShardCommitter:
                 if entry.key[len(f"{root}/{stem}")] in "./":  # not a longer number's, nor another edition's
                     self._store.delete(entry.key)
         self._store.delete(metadata_key(stem))
+
+
+def _sums(record: CommitRecord) -> dict[str, int]:
+    """What the edition after this one takes its place of."""
+    sums = {"committed": record.committed, "quarantined": record.quarantined, "bytes": record.bytes}
+    return sums | ({"dropped": record.dropped} if record.dropped else {})

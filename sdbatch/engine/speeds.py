@@ -8,6 +8,7 @@ there. What an output's own runs took is in its ledger too (``ledger.runs``), an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -73,6 +74,7 @@ class Conditions:
     kind: str  # cpu or cuda
     threads: int
     picture: str  # the file format, which the bytes of an image depend on
+    checks: str = ""  # a digest of them: candidates, new seeds, what is measured
 
     @classmethod
     def of(cls, spec: JobSpec, model_sha256: str) -> Conditions:
@@ -84,7 +86,12 @@ class Conditions:
             resources.device,
             resources.cpus_per_actor,
             _told(spec.output.image),
+            "" if spec.checks is None else _digest(spec.checks.model_dump(mode="json")),
         )
+
+    def content(self) -> dict[str, Any]:
+        """As JSON holds it; without checks as it was before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "checks" or value}
 
 
 @dataclass(frozen=True)
@@ -135,10 +142,10 @@ def shape_of(shard: Shard) -> Shape:
 
 def find_speeds(conditions: Conditions, runs: Iterable[Run] = ()) -> Speeds | None:
     """What is known under these conditions: of the output's own ``runs``, then of other jobs, the newest device's."""
-    known = [Speeds.read(one["speeds"]) for one in _record() if one["conditions"] == asdict(conditions)]
+    known = [Speeds.read(one["speeds"]) for one in _record() if one["conditions"] == conditions.content()]
     own = None
     for run in runs:
-        if run.conditions == asdict(conditions) and run.speeds:
+        if run.conditions == conditions.content() and run.speeds:
             own = replace(Speeds.read(run.speeds), source="this output's runs").after(own)
     if own is None:
         return max(known, key=lambda speeds: speeds.at, default=None)
@@ -149,7 +156,7 @@ def find_speeds(conditions: Conditions, runs: Iterable[Run] = ()) -> Speeds | No
 def keep_speeds(conditions: Conditions, speeds: Speeds) -> None:
     """Bring the record up to date. Nothing happens where it can't be written."""
     speeds = replace(speeds, at=round(time.time(), 1))
-    here = {"conditions": asdict(conditions), "device": speeds.device}
+    here = {"conditions": conditions.content(), "device": speeds.device}
     rest = []
     for one in _record():
         older = Speeds.read(one["speeds"])
@@ -157,7 +164,7 @@ def keep_speeds(conditions: Conditions, speeds: Speeds) -> None:
             speeds = speeds.after(older)
         else:
             rest.append(one)
-    content = [{"conditions": asdict(conditions), "speeds": speeds.content()}, *rest[: _MOST_CONDITIONS - 1]]
+    content = [{"conditions": conditions.content(), "speeds": speeds.content()}, *rest[: _MOST_CONDITIONS - 1]]
     path = _path()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -192,6 +199,10 @@ def _numbers(measured: Measured) -> tuple[Any, ...]:
         measured.images,
         measured.bytes,
     )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _told(picture: Picture) -> str:

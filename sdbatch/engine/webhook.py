@@ -83,6 +83,7 @@ def _counts(store: Store) -> dict[str, Any]:
         "planned": status.planned,
         "committed": status.committed,
         "quarantined": status.quarantined,
+        "dropped": status.dropped,
         "reasons": dict(progress.reasons),
     }
 

@@ -31,13 +31,14 @@ from sdbatch.ledger.plan import (
     write_slice_rows,
 )
 from sdbatch.ledger.progress import Progress, Status, failures, read_progress, read_status
-from sdbatch.ledger.reasons import count_reasons, reason
+from sdbatch.ledger.reasons import DROPPED, count_reasons, reason
 from sdbatch.ledger.rounds import Again, Round, newest_round, put_round, read_round
 from sdbatch.ledger.runs import Run, begin_run, dollars, put_run, read_runs, spent_usd
 from sdbatch.ledger.verify import Findings, Verdict, examine, verify
 
 __all__ = [
     "DEAD",
+    "DROPPED",
     "Again",
     "CommitRecord",
     "Commits",

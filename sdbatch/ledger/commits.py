@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger.plan import Shard, shard_stem
-from sdbatch.ledger.reasons import count_reasons, summed
+from sdbatch.ledger.reasons import DROPPED, count_reasons, summed
 from sdbatch.storage import Store
 
 _SINGLE = "_sdbatch/commits/"
@@ -58,6 +58,11 @@ class CommitRecord:
     replaced: dict[str, int] = field(default_factory=dict)  # committed, quarantined, bytes of the edition before
     replaced_reasons: dict[str, int] = field(default_factory=dict)  # why it had quarantined how many
 
+    @property
+    def dropped(self) -> int:
+        """Of the quarantined, those that checks dropped."""
+        return sum(failure["error"].startswith(DROPPED) for failure in self.failures)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -69,20 +74,22 @@ class Totals:
     bytes: int = 0
     model_seconds: float = 0.0
     reasons: dict[str, int] = field(default_factory=dict)  # why → how many are quarantined
+    dropped: int = 0  # of the quarantined, those that checks dropped
 
     def plus(self, records: Iterable[CommitRecord]) -> Totals:
         """An edition counts what it has more than the one before."""
         shards, committed, quarantined, size = self.shards, self.committed, self.quarantined, self.bytes
-        seconds, reasons = self.model_seconds, self.reasons
+        seconds, reasons, dropped = self.model_seconds, self.reasons, self.dropped
         for record in records:
             shards += record.edition == 1
             committed += record.committed - record.replaced.get("committed", 0)
             quarantined += record.quarantined - record.replaced.get("quarantined", 0)
             size += record.bytes - record.replaced.get("bytes", 0)
             seconds += record.seconds.get("model", 0.0)
+            dropped += record.dropped - record.replaced.get("dropped", 0)
             if record.failures or record.replaced_reasons:
                 reasons = summed(reasons, count_reasons(record.failures), record.replaced_reasons)
-        return Totals(shards, committed, quarantined, size, round(seconds, 4), reasons)
+        return Totals(shards, committed, quarantined, size, round(seconds, 4), reasons, dropped)
 
 
 def commit_key(shard: int, slice_number: int, edition: int = 1) -> str:

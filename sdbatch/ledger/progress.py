@@ -33,10 +33,16 @@ class Status:
     shards_committed: int
     bytes: int
     model_seconds: float
+    dropped: int = 0  # of the quarantined, those that checks dropped
 
     @property
     def remaining(self) -> int:
         return self.planned - self.committed - self.quarantined
+
+    @property
+    def failed(self) -> int:
+        """Of the quarantined, those that were not to be: all but what checks dropped."""
+        return self.quarantined - self.dropped
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def _status(store: Store, job: Job, totals: Totals) -> Status:
         shards_committed=totals.shards,
         bytes=totals.bytes,
         model_seconds=totals.model_seconds,
+        dropped=totals.dropped,
     )
 
 

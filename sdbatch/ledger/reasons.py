@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+#: What the error of a request begins with whose picture was made, checked and dropped.
+DROPPED = "check: "
 _MOST_CHARACTERS = 160
 #: Reasons that sums tell apart; what is rarer than all of these goes under OTHERS.
 _MOST = 50

@@ -1,10 +1,10 @@
 """Picture files, the shards they are stored in, and the metadata table."""
 
 from sdbatch.outputs.credentials import Signer
-from sdbatch.outputs.encoding import encode, opens, pixels_sum
+from sdbatch.outputs.encoding import checked_columns, encode, opens, pixels_sum
 from sdbatch.outputs.features import dtype
 from sdbatch.outputs.formats import FORMATS
-from sdbatch.outputs.metadata import decode_metadata, encode_metadata, metadata_key
+from sdbatch.outputs.metadata import check_columns, decode_metadata, encode_metadata, metadata_key
 from sdbatch.outputs.provenance import parameters
 from sdbatch.outputs.reading import read_pictures, read_stored
 from sdbatch.outputs.renditions import Copies, copies
@@ -18,6 +18,8 @@ __all__ = [
     "Signer",
     "StoredPicture",
     "StoredShard",
+    "check_columns",
+    "checked_columns",
     "copies",
     "decode_metadata",
     "dtype",

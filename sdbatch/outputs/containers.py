@@ -95,7 +95,9 @@ class ParquetFiles(_Container):
             }
             for picture in pictures
         ]
-        schema = with_features(pa.schema([("image", IMAGE), *description_fields(pictures[0].row)]), images=["image"])
+        schema = with_features(
+            pa.schema([("image", IMAGE), *description_fields(pictures[0].row, self.checked)]), images=["image"]
+        )
         # Pictures are compressed already.
         compression = dict.fromkeys(schema.names, "zstd") | {"image.bytes": "none", "image.path": "zstd"}
         mean = sum(len(picture.data) for picture in pictures) // len(pictures)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdbatch.outputs.metadata import description, description_fields
+from sdbatch.outputs.metadata import CheckColumns, description, description_fields
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard, stored, write_once
 
 #: Pictures of a shard that are on their way to the store at once.
@@ -49,7 +49,10 @@ class ImageFiles(ShardWriter):
         held = [stored(picture.position, self._key(stem, picture), picture.data) for picture in pictures]
         folder = f"{self.root}/{stem}"
         standing, sha256 = write_once(
-            self.store, f"{folder}/metadata.parquet", _folder_table(pictures, held), lambda data: _named(folder, data)
+            self.store,
+            f"{folder}/metadata.parquet",
+            _folder_table(pictures, held, self.checked),
+            lambda data: _named(folder, data),
         )
         return StoredShard(held if standing is None else standing, {f"{folder}/metadata.parquet": sha256})
 
@@ -60,11 +63,11 @@ class ImageFiles(ShardWriter):
         return f"{self.root}/{stem}/{picture.position:05d}-{_slug(picture.row['image_id'])}.{self.ending}"
 
 
-def _folder_table(pictures: Sequence[EncodedPicture], held: Sequence[StoredPicture]) -> bytes:
+def _folder_table(pictures: Sequence[EncodedPicture], held: Sequence[StoredPicture], checked: CheckColumns) -> bytes:
     """The table of a folder: ``file_name``, what describes each picture, its size and checksum."""
     fields = [
         (name, kind)
-        for name, kind in description_fields(pictures[0].row)
+        for name, kind in description_fields(pictures[0].row, checked)
         if not name.endswith(tuple(f"_{opened}" for opened in _OPENED)) and name not in _OPENED
     ]
     schema = pa.schema([("file_name", pa.string()), *fields, ("bytes", pa.int64()), ("sha256", pa.string())])

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdbatch.spec import Checks
+
 COLUMNS: list[tuple[str, pa.DataType]] = [
     ("image_id", pa.string()),
     ("row_id", pa.string()),
@@ -37,6 +39,24 @@ COLUMNS: list[tuple[str, pa.DataType]] = [
 
 _TEMPLATE = ("template", pa.string())
 
+#: Columns that checks fill in.
+_CHECKS: dict[str, pa.DataType] = {
+    "failed_checks": pa.string(),  # their names; "" where none failed
+    "clip_score": pa.float64(),
+    "contrast": pa.float64(),
+    "phash": pa.string(),
+    "duplicate_of": pa.string(),
+    "unsafe_score": pa.float64(),
+    "unsafe_concept": pa.string(),
+    "rerolls": pa.int32(),
+    "seeds_tried": pa.list_(pa.int64()),
+    "failed_tried": pa.list_(pa.string()),
+    "scores_tried": pa.list_(pa.float64()),
+}
+#: Name → type of the columns that a job's checks fill in.
+CheckColumns = Mapping[str, pa.DataType]
+NO_CHECKS: CheckColumns = {}
+
 #: Columns that only storing a picture, or failing to make it, fills in.
 _OUTCOME = ("path", "bytes", "sha256", "status", "error")
 
@@ -46,9 +66,14 @@ def description(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _OUTCOME}
 
 
-def description_fields(row: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
+def check_columns(checks: Checks | None) -> CheckColumns:
+    """The columns that a job has for its checks."""
+    return NO_CHECKS if checks is None else {name: _CHECKS[name] for name in checks.columns}
+
+
+def description_fields(row: Mapping[str, Any], checked: CheckColumns) -> list[tuple[str, pa.DataType]]:
     """Name and type of each field of a row's description; the user's columns are text."""
-    ours = dict(COLUMNS)
+    ours = dict(COLUMNS) | dict(checked)
     return [(name, ours.get(name, pa.string())) for name in description(row)]
 
 
@@ -61,15 +86,16 @@ def encode_metadata(
     kept: Sequence[str],
     *,
     templated: bool = False,
+    checked: CheckColumns = NO_CHECKS,
     objects: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The table as a Parquet file; kept columns follow ours, as text.
+    """The table as a Parquet file; kept columns follow ours, as text, and then those that checks fill in.
 
     Templates have a column where there are any: an output that was begun before there were keeps its schema.
     ``objects``, key → sha256 of what the shard has beside single pictures, goes into the file's own key-value metadata.
     """
     template = [_TEMPLATE] if templated else []
-    schema = pa.schema([*COLUMNS, *template, *((name, pa.string()) for name in kept)])
+    schema = pa.schema([*COLUMNS, *template, *((name, pa.string()) for name in kept), *checked.items()])
     if objects:
         schema = schema.with_metadata({"sdbatch.objects": json.dumps(dict(objects), sort_keys=True)})
     buffer = io.BytesIO()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 #: https://cv.iptc.org/newscodes/digitalsourcetype/
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -39,6 +39,7 @@ _UI_SAMPLERS = {
     "unipc": "UniPC",
     "lcm": "LCM",
 }
+_CHECKED = "sdbatch:Checks"
 _SCHEDULES = ("_karras", "_exponential")
 
 
@@ -64,8 +65,11 @@ def parameters(row: Mapping[str, Any]) -> str:
     return _NO_TEXT.sub("�", "\n".join([*_prompts(row), last]))
 
 
-def xmp(row: Mapping[str, Any], fingerprint: str) -> str:
-    """An XMP packet: the IPTC digital source type, model, prompts, and what else leads back to the job."""
+def xmp(row: Mapping[str, Any], fingerprint: str, checked: Collection[str] = ()) -> str:
+    """An XMP packet: the IPTC digital source type, model, prompts, and what else leads back to the job.
+
+    ``checked``: columns of the row that checks filled in; ``read_checked`` reads them back.
+    """
     told = {
         "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
         "Iptc4xmpExt:AISystemUsed": row["model"],
@@ -76,6 +80,8 @@ def xmp(row: Mapping[str, Any], fingerprint: str) -> str:
         "sdbatch:ImageID": row["image_id"],
         "sdbatch:Seed": row["seed"],
     }
+    if checked:
+        told[_CHECKED] = json.dumps({name: row[name] for name in ("seed", *checked)})
     elements = "".join(f"<{name}>{_xml(str(value))}</{name}>" for name, value in told.items())
     prompt = f'<rdf:Alt><rdf:li xml:lang="x-default">{_xml(row["prompt"])}</rdf:li></rdf:Alt>'
     known = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
@@ -84,6 +90,16 @@ def xmp(row: Mapping[str, Any], fingerprint: str) -> str:
         f'<rdf:Description rdf:about="" {known}>{elements}<dc:description>{prompt}</dc:description>'
         "</rdf:Description></rdf:RDF></x:xmpmeta>"
     )
+
+
+def read_checked(packet: str, checked: Collection[str]) -> dict[str, Any] | None:
+    """From an XMP packet the seed and the columns that checks filled in; None unless it tells all of them."""
+    found = re.search(f"<{_CHECKED}>(.*?)</{_CHECKED}>", packet, re.DOTALL)
+    try:
+        told = json.loads(unescape(found[1], {"&#13;": "\r"})) if found else None
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and told.keys() == {"seed", *checked} else None
 
 
 def _prompts(row: Mapping[str, Any]) -> list[str]:

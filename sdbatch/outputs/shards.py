@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from sdbatch.errors import StorageError
+from sdbatch.outputs.metadata import NO_CHECKS, CheckColumns
 from sdbatch.storage import Store
 
 Row = Mapping[str, Any]
@@ -59,12 +60,16 @@ class StoredShard:
 
 
 class ShardWriter(ABC):
-    """Stores the pictures of shards under ``root``. ``ending`` is that of one picture: png, jpeg or webp."""
+    """Stores the pictures of shards under ``root``. ``ending`` is that of one picture: png, jpeg or webp.
 
-    def __init__(self, store: Store, ending: str, root: str = "data") -> None:
+    ``checked``: the columns that checks fill in, among those that describe the pictures.
+    """
+
+    def __init__(self, store: Store, ending: str, root: str = "data", checked: CheckColumns = NO_CHECKS) -> None:
         self.store = store
         self.ending = ending
         self.root = root
+        self.checked = checked
 
     @abstractmethod
     def kept(self, stem: str) -> dict[int, bytes]:

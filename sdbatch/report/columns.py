@@ -89,7 +89,7 @@ def filters(table: pa.Table) -> list[dict[str, Any]]:
     columns = {
         name: Counter(table.column(name).to_pylist())
         for name in (*_FILTERS, *others(table))
-        if name in table.column_names
+        if name in table.column_names and not pa.types.is_list(table.schema.field(name).type)
     }
     for name, counts in {"size": sizes, **columns}.items():
         if 1 < len(counts) <= _MOST_VALUES and len(found) < _MOST_FILTERS:
@@ -102,4 +102,6 @@ def text(value: Any) -> str:
     """A cell as the page compares and shows it."""
     if value is None:
         return ""
+    if isinstance(value, list):
+        return " · ".join(text(one) or "–" for one in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,5 +1,6 @@
 """The job spec: what a person writes to have pictures made. One file a section."""
 
+from sdbatch.spec.checks import Checks, ClipScore, Safety
 from sdbatch.spec.generate import Generate, SamplerName
 from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
 from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
@@ -15,6 +16,8 @@ __all__ = [
     "MAPPABLE",
     "MATRIX_FIELDS",
     "METADATA_COLUMNS",
+    "Checks",
+    "ClipScore",
     "Credentials",
     "Failures",
     "Generate",
@@ -29,6 +32,7 @@ __all__ = [
     "Prompt",
     "Rendition",
     "Resources",
+    "Safety",
     "SamplerName",
     "combinations",
     "literal",

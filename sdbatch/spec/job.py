@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 from pydantic_core import ErrorDetails
 
 from sdbatch.errors import Problem, SpecError
+from sdbatch.spec.checks import Checks
 from sdbatch.spec.generate import Generate
 from sdbatch.spec.input import Input
 from sdbatch.spec.matrix import MATRIX_FIELDS, Matrix, check_matrix, fields_of, odd_sizes_of, words_of
@@ -42,6 +43,7 @@ class JobSpec(Section):
     )
     model: Model = Field(default_factory=lambda: Model())
     generate: Generate = Field(default_factory=lambda: Generate(), validate_default=True)
+    checks: Checks | None = Field(None, description="Checks on every picture, new seeds, the best of several")
     output: Output
     failures: Failures = Field(default_factory=lambda: Failures())
     resources: Resources = Field(default_factory=lambda: Resources())
@@ -74,6 +76,18 @@ class JobSpec(Section):
                     "generate.round_size to nearest, down or up"
                 )
         return generate
+
+    @field_validator("checks")
+    @classmethod
+    def _free_columns(cls, checks: Checks | None, info: ValidationInfo) -> Checks | None:
+        source = info.data.get("input")
+        if checks is not None and source is not None:
+            for name in (*source.kept, *words_of(info.data.get("matrix") or {})):
+                if name in checks.columns:
+                    raise ValueError(
+                        f"fill in the column {name}, which input.keep or the matrix has, too; rename that one"
+                    )
+        return checks
 
     @property
     def kept(self) -> list[str]:
@@ -113,6 +127,11 @@ class JobSpec(Section):
         for changes in ("fp8", "compile"):
             if not fields["model"][changes]:
                 del fields["model"][changes]
+        checks = fields.pop("checks")
+        if checks is not None:  # their models count by their checksums
+            for name in ("clip_score", "safety"):
+                (checks[name] or {}).pop("model", None)
+            fields["checks"] = checks
         for added in (*fields["model"]["loras"], *fields["model"]["embeddings"]):
             del added["uri"]  # what lies there counts, by its checksum
         return fields
@@ -208,6 +227,8 @@ def _problem(details: ErrorDetails) -> Problem:
         return Problem(field, f"is {given}", suggest(str(details.get("input"))[:MOST_SHOWN], expected))
     if kind == "string_pattern_mismatch":
         return Problem(field, f"is {given}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first")
+    if kind == "model_type":
+        return Problem(field, f"is {given}; should be a section", "{} takes all of its fields as they are")
     if kind == "value_error":
         return Problem(field, details["msg"].removeprefix("Value error, "))
     message = details["msg"][:1].lower() + details["msg"][1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sdbatch.diffusion.clip import ImageEncoderConfig, Preprocessing
+from sdbatch.diffusion.image_encoder import ImageEncoderConfig, Preprocessing
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.text_encoder import TextEncoderConfig
 from sdbatch.diffusion.unet import UNet, UNetConfig

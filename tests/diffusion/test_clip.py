@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import pre_tokenizers
 
-from sdbatch.diffusion.clip import CLIP, ImageEncoderConfig, Preprocessing, preprocess
+from sdbatch.diffusion.clip import CLIP
+from sdbatch.diffusion.image_encoder import ImageEncoderConfig, Preprocessing, preprocess
 from sdbatch.diffusion.text_encoder import TextEncoderConfig
 from sdbatch.diffusion.tokenizer import BOS, EOS
 from sdbatch.errors import ModelError, UsageError

@@ -191,7 +191,7 @@ latent_model.compile_blocks = only_the_middle
 turns = Turns(json.loads(sys.argv[2]))
 planned = Planned(Path(sys.argv[1]), model={"compile": True})
 generator = planned.generator(Seat(turns, 1))
-made = generator.made_again(planned.shard, [0, 4])
+made = generator.made_again(planned.shard, [0, 4], {})
 print(json.dumps({
     "known": turns.known,
     "compiled": counters["inductor"]["fxgraph_cache_miss"],

@@ -219,8 +219,8 @@ def test_first_batches_count_where_there_are_no_others() -> None:
 def test_an_output_knows_its_own_speed_best(record: Path) -> None:
     others = {SMALL: Measured(batches=1, seconds=1.0), LARGE: Measured(batches=1, seconds=7.0)}
     keep_speeds(conditions(), replace(SPEEDS, shapes=others))
-    own = Run(conditions=asdict(conditions()), speeds=SPEEDS.content())
-    found = find_speeds(conditions(), [Run(), own, replace(own, conditions=asdict(conditions(batch_size=2)))])
+    own = Run(conditions=conditions().content(), speeds=SPEEDS.content())
+    found = find_speeds(conditions(), [Run(), own, replace(own, conditions=conditions(batch_size=2).content())])
     assert found is not None
     assert (found.shapes[SMALL].a_batch, found.shapes[LARGE].a_batch, found.source) == (2.0, 7.0, "this output's runs")
 

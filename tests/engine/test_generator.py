@@ -15,7 +15,7 @@ from sdbatch.diffusion.float8 import Float8Linear
 from sdbatch.engine.batch import Refused
 from sdbatch.engine.generator import Generator
 from sdbatch.engine.logbook import Pen
-from sdbatch.engine.models import find_model
+from sdbatch.engine.models import find_job_checks, find_model
 from sdbatch.engine.slices import shards_of
 from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Part, Shard, Shards, verify, write_job, write_slice
@@ -29,7 +29,9 @@ from tests.drawn import drawn
 class Planned:
     """Seven prompts in one shard: two batches of three and one padded batch of one."""
 
-    def __init__(self, root: Path, form: str = "images", model: Any = None, **generate: Any) -> None:
+    def __init__(
+        self, root: Path, form: str = "images", model: Any = None, sections: Mapping[str, Any] = {}, **generate: Any
+    ) -> None:
         self.spec = parse_spec(
             {
                 "name": "t",
@@ -38,6 +40,7 @@ class Planned:
                 "generate": {"num_inference_steps": 2, **generate},
                 "output": {"uri": str(root), "format": form, "shard_size": 8},
                 "resources": {"batch_size": 3},
+                **sections,
             }
         )
         self.store = LocalStore(root)
@@ -47,7 +50,8 @@ class Planned:
         (self.shard,) = shards_of(runs)
         sha256 = find_model(self.spec.model).sha256
         part = Part("f" * 64, rows=7, slices=1, shards=1, planned=7, faulty=0)
-        job = Job(self.spec.model_dump(mode="json"), self.spec.deciding(), [], sha256, {}, (part,))
+        decides = self.spec.deciding() | {"check_models": find_job_checks(self.spec).sha256}
+        job = Job(self.spec.model_dump(mode="json"), decides, [], sha256, {}, (part,))
         write_slice(self.store, job.fingerprint, 0, to_table(self.requests, []))
         self.job = write_job(self.store, job, Shards.of([self.shard]))
 
@@ -80,7 +84,7 @@ def test_float8_reaches_the_model_and_pictures_still_have_no_neighbours(tmp_path
     generator = planned.generator()
     float8 = [layer for layer in generator.model._model.unet.modules() if isinstance(layer, Float8Linear)]  # type: ignore[attr-defined]
     assert len(float8) > 20
-    together, alone = generator.made_again(planned.shard, [0, 1, 2]), generator.made_again(planned.shard, [1])
+    together, alone = (generator.made_again(planned.shard, at, {}) for at in ([0, 1, 2], [1]))
     assert together[1] == alone[1]
 
 

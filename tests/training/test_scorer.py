@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from sdbatch.diffusion.clip import CLIP, preprocess
+from sdbatch.diffusion.clip import CLIP
+from sdbatch.diffusion.image_encoder import preprocess
 from sdbatch.training.architecture import MAX_TOKENS
 from sdbatch.training.autoencoder import as_tensor
 from sdbatch.training.captions import vocabulary

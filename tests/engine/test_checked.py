@@ -1,0 +1,210 @@
+"""A generator with checks, without Ray: what it keeps and drops, and that an interruption changes no byte of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sdbatch.checks import candidate_seed
+from sdbatch.engine.batch import Refused, Result
+from sdbatch.engine.generator import Generator, looks_of
+from sdbatch.errors import ModelError
+from sdbatch.ledger import DROPPED, find_commit, verify
+from sdbatch.outputs import decode_metadata, opens, read_stored
+from sdbatch.prompts import ImageRequest
+from tests.engine.test_generator import Killed, Planned
+
+CLIP = {"model": "builtin:shapes-clip"}
+#: Limits that some coloured blocks pass and others don't.
+EVERYTHING = {
+    "on_fail": "reroll",
+    "rerolls": 2,
+    "best_of": 2,
+    "clip_score": {**CLIP, "min": 0.3},
+    "blank": {"min_contrast": 70.0, "on_fail": "tag"},
+    "near_duplicates": {"max_distance": 20},
+    "safety": {**CLIP, "concepts": {"a blue star": -0.28}, "on_fail": "drop"},
+}
+
+
+def planned(root: Path, checks: Mapping[str, Any], form: str = "images", **sections: Any) -> Planned:
+    return Planned(root, form, sections={"model": {"uri": "builtin:null"}, "checks": checks, **sections})
+
+
+def rows(job: Planned) -> list[dict[str, Any]]:
+    return decode_metadata(job.store.get("metadata/0000000.parquet"))
+
+
+def objects(job: Planned) -> dict[str, bytes]:
+    return {entry.key: job.store.get(entry.key) for top in ("data/", "metadata/") for entry in job.store.list(top)}
+
+
+@pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
+def test_a_checked_shard_comes_out_the_same_wherever_its_maker_dies(form: str, tmp_path: Path) -> None:
+    whole = planned(tmp_path / "whole", EVERYTHING, form)
+    receipt = whole.generator().run_shard(whole.shard)
+    assert receipt.committed + receipt.quarantined == 7
+    assert receipt.failed_making == 0  # what is dropped is no failure
+    assert {row["rerolls"] for row in rows(whole)} >= {0, 2}
+    for deaths in (2, 3):
+        job = planned(tmp_path / str(deaths), EVERYTHING, form)
+        dying = job.generator()
+        choose, calls = dying._choose, []
+
+        def die(first: int, *others: Any, dying: Generator = dying, calls: list[int] = calls, **named: Any) -> Any:
+            calls.append(first)
+            if len(calls) == deaths:  # noqa: B023
+                dying._finishers.shutdown(wait=True)
+                raise Killed
+            return choose(first, *others, **named)  # noqa: B023
+
+        dying._choose = die  # type: ignore[method-assign]
+        with pytest.raises(Killed):
+            dying.run_shard(job.shard)
+        if form == "images":  # of the pictures of a batch some were stored before it died, and others not
+            job.store.delete(next(entry.key for entry in job.store.list("data/")))
+        job.generator().run_shard(job.shard)
+        assert objects(job) == objects(whole)
+        assert verify(job.store, read_stored, opens, lambda done, total: None).ok
+
+
+def test_a_picture_made_again_has_the_same_bytes(tmp_path: Path) -> None:
+    job = planned(tmp_path, EVERYTHING)
+    job.generator().run_shard(job.shard)
+    found = rows(job)
+    looks = looks_of(dict(enumerate(found)))
+    for position, row in enumerate(found):
+        data = job.generator().made_again(job.shard, [position], looks)[position]
+        assert data == (None if row["path"] is None else job.store.get(row["path"]))
+
+
+def test_every_seed_and_score_that_was_tried_is_recorded(tmp_path: Path) -> None:
+    job = planned(tmp_path, EVERYTHING)
+    receipt = job.generator().run_shard(job.shard)
+    assert receipt.batches > 2 * 3  # two candidates of each of three batches, and new seeds
+    for row, request in zip(rows(job), job.requests, strict=True):
+        assert row["seeds_tried"] == [candidate_seed(request.seed, number) for number in range(2 + row["rerolls"])]
+        assert row["seed"] in row["seeds_tried"]
+        place = row["seeds_tried"].index(row["seed"])
+        assert row["scores_tried"][place] == row["clip_score"]
+        assert row["failed_tried"][place] == row["failed_checks"]
+        if row["rerolls"] < 2:  # a candidate passed, or what it fails asks for no new seed
+            assert "clip_score" not in row["failed_checks"]
+        assert (row["status"] == "quarantined") == ("safety" in row["failed_checks"])
+
+
+def test_the_best_of_several_is_kept_and_no_neighbour_matters(tmp_path: Path) -> None:
+    job = planned(tmp_path / "a", {"best_of": 3, "clip_score": CLIP})
+    job.generator().run_shard(job.shard)
+    for row in rows(job):
+        assert row["clip_score"] == max(row["scores_tried"])
+        assert (len(row["scores_tried"]), row["failed_checks"]) == (3, "")
+    generator = job.generator()
+    alone = [generator.made_again(job.shard, [position], {})[position] for position in range(7)]
+    assert alone == [job.store.get(row["path"]) for row in rows(job)]
+
+
+def test_what_is_dropped_is_accounted_for(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"on_fail": "drop", "clip_score": {**CLIP, "min": 0.26}}, "webdataset")
+    receipt = job.generator().run_shard(job.shard)
+    found = rows(job)
+    gone = [row for row in found if row["failed_checks"]]
+    assert 0 < len(gone) == receipt.quarantined < 7
+    for row in gone:
+        assert row["error"] == f"{DROPPED}clip_score is {row['clip_score']}, below 0.26"
+        assert (row["status"], row["path"], row["seed"]) == ("quarantined", None, job.requests[found.index(row)].seed)
+    record = find_commit(job.store, job.shard)
+    assert record is not None
+    assert (record.dropped, record.seconds["checks"] > 0) == (len(gone), True)
+    assert verify(job.store, read_stored, opens, lambda done, total: None).ok
+
+
+def test_near_duplicates_are_found_among_those_before_in_the_shard(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"near_duplicates": {"max_distance": 0}})
+    generator = job.generator()
+    same = [dataclasses.replace(request, seed=5) for request in job.requests[:3]]
+    generator._requests = lambda shard: [*same, *job.requests[3:]]  # type: ignore[method-assign]
+    generator.run_shard(job.shard)
+    found = rows(job)
+    assert [row["duplicate_of"] for row in found] == [None, found[0]["image_id"], found[0]["image_id"], *[None] * 4]
+    assert [row["failed_checks"] for row in found[:2]] == ["", "near_duplicates"]
+    assert {row["status"] for row in found} == {"committed"}
+
+
+def test_a_picture_that_is_not_finite_gets_new_seeds(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"on_fail": "reroll", "blank": {}})
+    generator = job.generator()
+    draw = generator.model.draw
+    broken = {job.requests[0].seed, job.requests[1].seed, *(candidate_seed(job.requests[1].seed, k) for k in range(9))}
+
+    def overflow(requests: Any, *others: Any) -> tuple[np.ndarray, list[bool]]:
+        pixels, _ = draw(requests, *others)
+        return pixels, [request is None or request.seed not in broken for request in requests]
+
+    generator.model.draw = overflow  # type: ignore[method-assign]
+    receipt = generator.run_shard(job.shard)
+    found = rows(job)
+    assert (found[0]["status"], found[0]["rerolls"], found[0]["failed_tried"]) == ("committed", 1, ["finite", ""])
+    assert (found[1]["status"], found[1]["rerolls"]) == ("quarantined", 3)
+    assert "not finite" in found[1]["error"]
+    assert receipt.failed_making == 1  # a model that breaks down is a failure
+
+
+def test_a_request_that_fails_is_not_tried_with_new_seeds(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"on_fail": "reroll", "best_of": 2, "clip_score": {**CLIP, "min": 0.99}})
+    generator = job.generator()
+    asked = []
+    make = generator._maker.make
+
+    def refuse(first: int, batch: Mapping[int, ImageRequest]) -> dict[int, Result]:
+        asked.extend(batch)
+        return make(first, batch) | ({1: Refused("no such picture")} if 1 in batch else {})
+
+    generator._maker.make = refuse  # type: ignore[method-assign]
+    generator.run_shard(job.shard)
+    assert (asked.count(0), asked.count(1)) == (2 + 3, 1)
+    assert (rows(job)[1]["error"], rows(job)[1]["failed_checks"]) == ("no such picture", None)
+    # None of the others passes; the best of each is kept and says so.
+    assert {row["failed_checks"] for row in rows(job) if row["status"] == "committed"} == {"clip_score"}
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_what_was_found_is_stored_beside_the_pictures(form: str, tmp_path: Path) -> None:
+    job = planned(tmp_path, EVERYTHING, form)
+    job.generator().run_shard(job.shard)
+    kept = [row for row in rows(job) if row["status"] == "committed"]
+    if form == "parquet":
+        stored = pq.read_table(tmp_path / "data/0000000.parquet").to_pylist()
+    else:
+        import json
+        import tarfile
+
+        with tarfile.open(tmp_path / "data/0000000.tar") as archive:
+            files = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".json")]
+            stored = [json.loads(file.read()) for file in files if file is not None]
+    for name in (*job.spec.checks.columns, "seed"):
+        assert [row[name] for row in stored] == [row[name] for row in kept]
+
+
+def test_an_actor_that_finds_another_scorer_than_was_planned_with_refuses(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"clip_score": CLIP})
+    job.job = dataclasses.replace(job.job, deciding={"check_models": {"clip_score": "f" * 64}})
+    with pytest.raises(ModelError, match=r"a model of checks is another one on"):
+        job.generator()
+
+
+def test_pictures_and_metadata_of_a_job_without_checks_tell_nothing_of_them(tmp_path: Path) -> None:
+    job = Planned(tmp_path, "parquet", sections={"model": {"uri": "builtin:null"}})
+    job.generator().run_shard(job.shard)
+    assert not {"failed_checks", "seeds_tried"} & rows(job)[0].keys()
+    assert "checks" not in job.spec.deciding()
+    record = find_commit(job.store, job.shard)
+    assert record is not None
+    assert record.seconds.keys() == {"model", "shard"}
+    assert b"sdbatch:Checks" not in job.store.get("data/0000000.parquet")
