@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:  # the engine imports Ray and torch, which commands that only read do not need
-    from sdbatch.engine.runner import Snapshot, Watch
+    from sdbatch.engine.snapshot import Snapshot, Watch
 
 people = Console(stderr=True, highlight=False)
 

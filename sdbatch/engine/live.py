@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sdbatch.engine.runner import Snapshot, Watch
+from sdbatch.engine.snapshot import Snapshot, Watch
 
 #: Seconds that speed is measured over, and actors that are told of one by one.
 _WINDOW = 60.0

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sdbatch.engine.planner import Prepared, prepare
-from sdbatch.engine.runner import Outcome, Watch, driving, finish
+from sdbatch.engine.runner import Outcome, driving, finish
+from sdbatch.engine.snapshot import Watch
 from sdbatch.engine.webhook import check_notify, telling
 from sdbatch.errors import Problem, SpecError, UsageError
 from sdbatch.ledger import (

@@ -20,6 +20,7 @@ from sdbatch.engine.metrics import DriverMetrics
 from sdbatch.engine.planner import Prepared, extend_plan, find_plan, first_requests, input_changed, make_plan, prepare
 from sdbatch.engine.pool import Pool, Worker
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.snapshot import Snapshot, Watch
 from sdbatch.engine.speeds import shape_of
 from sdbatch.engine.webhook import check_notify, telling
 from sdbatch.errors import BudgetSpent
@@ -43,27 +44,6 @@ from sdbatch.spec import JobSpec, overridden
 _FEW_FAILURES = 10
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """How a run stands. ``stage``: starting, waiting (is another driver alive?), planning, loading, making, done."""
-
-    stage: str = "starting"
-    rows: int = 0  # read while planning
-    planned: int = 0
-    committed: int = 0  # with all that earlier runs finished
-    quarantined: int = 0
-    in_flight: int = 0  # made, but not committed yet
-    actors: int = 0  # whose model is loaded
-    crew: tuple[Worker, ...] = ()  # they and those that still load
-    deaths: int = 0
-    note: str = ""  # what is being waited for
-
-    @property
-    def finished(self) -> int:
-        return self.committed + self.quarantined
-
-
-Watch = Callable[[Snapshot], None]
 #: Raises OutputError once another driver has taken over.
 Check = Callable[[], None]
 
