@@ -33,6 +33,7 @@ COMMANDS = (
     "repair",
     "report",
     "remake",
+    "export",
     "inspect",
     "bench",
     "evaluate",

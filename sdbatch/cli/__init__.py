@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from sdbatch import __version__
-from sdbatch.cli import bench, clusters, evaluation, jobs, models, progress, results, training
+from sdbatch.cli import bench, clusters, datasets, evaluation, jobs, models, progress, results, training
 from sdbatch.cli.console import people, plain, print_json
 from sdbatch.errors import Interrupted, SdbatchError, SpecError
 
@@ -40,6 +40,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.repair,
     results.report,
     results.remake,
+    datasets.export,
     models.inspect,
     bench.bench,
     evaluation.evaluate,

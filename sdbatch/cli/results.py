@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sdbatch import ledger
+from sdbatch import dataset, ledger
 from sdbatch.cli.console import bar, facts, plain, print_json, tell, watching
 from sdbatch.cli.jobs import Set, report_outcome
 from sdbatch.errors import OutputError, StorageError, UsageError
@@ -31,10 +31,20 @@ def verify(
 ) -> None:
     """Prove from the stored bytes that every planned image ended exactly once."""
     store = open_output(output)
-    with bar("verifying") as update:
-        verdict = ledger.verify(
-            store, read_stored, opens, lambda done, total: update(done, total, "shards"), sample=sample
+    exported = dataset.read_manifest(store)
+    if exported is not None and (sample < 1 or recompute):
+        raise UsageError(
+            "--sample and --recompute: an export has no plan to choose from and make again; leave them out"
         )
+    with bar("verifying") as update:
+
+        def progress(done: int, total: int) -> None:
+            update(done, total, "shards")
+
+        if exported is not None:
+            verdict = dataset.verify_export(store, exported, read_stored, opens, progress)
+        else:
+            verdict = ledger.verify(store, read_stored, opens, progress, sample=sample)
     made_again = None
     if recompute:
         from sdbatch.engine.recompute import recompute as make_again  # Ray and torch take seconds to import
@@ -48,7 +58,8 @@ def verify(
     else:
         mark = "[green]✓[/]" if verdict.ok else "[red]✗[/]"
         ended = verdict.committed + verdict.quarantined
-        tell(f"{mark} {ended:,} of {verdict.planned:,} planned images ended exactly once")
+        what = "exported pictures are there" if exported else "planned images ended exactly once"
+        tell(f"{mark} {ended:,} of {verdict.planned:,} {what}")
         facts({"committed": f"{verdict.committed:,}", "quarantined": f"{verdict.quarantined:,}"})
         if sample < 1:
             facts({"read": f"{verdict.checked:,} images; of the others only the records"})
@@ -57,7 +68,8 @@ def verify(
             if found:
                 tell(f"  [red]{len(found):,} {name}[/]: {_several(found)}")
         if verdict.missing or verdict.altered or verdict.leftover:
-            tell(f"  mended by: sdbatch repair {escape(store.uri)}")
+            mended = "exporting once more, to an empty place" if exported else f"sdbatch repair {escape(store.uri)}"
+            tell(f"  mended by: {mended}")
         if made_again is not None:
             mark = "[red]✗[/]" if made_again.different else "[green]✓[/]"
             tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same {made_again.by}")

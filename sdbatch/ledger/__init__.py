@@ -34,7 +34,7 @@ from sdbatch.ledger.progress import Progress, Status, failures, read_progress, r
 from sdbatch.ledger.reasons import DROPPED, count_reasons, reason
 from sdbatch.ledger.rounds import Again, Round, newest_round, put_round, read_round
 from sdbatch.ledger.runs import Run, begin_run, dollars, put_run, read_runs, spent_usd
-from sdbatch.ledger.verify import Findings, Verdict, examine, verify
+from sdbatch.ledger.verify import Findings, Opens, Read, Verdict, examine, examine_shard, verify
 
 __all__ = [
     "DEAD",
@@ -45,8 +45,10 @@ __all__ = [
     "Driver",
     "Findings",
     "Job",
+    "Opens",
     "Part",
     "Progress",
+    "Read",
     "Round",
     "Run",
     "Shard",
@@ -59,6 +61,7 @@ __all__ = [
     "count_reasons",
     "dollars",
     "examine",
+    "examine_shard",
     "failures",
     "find_commit",
     "find_job",

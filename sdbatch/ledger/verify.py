@@ -64,7 +64,7 @@ class Verdict:
 class Findings:
     """What is stored of a shard. ``record`` is None when it is not committed; ``read`` is False outside a sample."""
 
-    shard: Shard
+    number: int  # the shard's
     record: CommitRecord | None
     read: bool = True
     committed: int = 0
@@ -120,7 +120,7 @@ def examine(store: Store, job: Job, read: Read, opens: Opens, sample: float = 1.
     again, roots = newest_round(store), ["data", "metadata", *Output.model_validate(job.spec["output"]).copied_to]
     listings = [_Listing(store.list(f"{root}/")) for root in roots]
     for one in found:
-        number = one.shard.number
+        number = one.number
         whole = number == job.shards - 1
         stored = (key for listing in listings for key in listing.up_to(None if whole else number))
         unnamed = [key for key in stored if key not in one.keys]
@@ -155,23 +155,27 @@ def _examine_all(store: Store, job: Job, read: Read, opens: Opens, sample: float
                     raise StorageError(f"plan slice {shard.slice} is damaged: shard {shard.number} is cut off")
                 record = records.get(shard.number)
                 if record is None:
-                    return Findings(shard, None, chosen, missing=tuple(planned))
+                    return Findings(shard.number, None, chosen, missing=tuple(planned))
                 if not chosen:
-                    return Findings(shard, record, chosen, record.committed, record.quarantined)
-                return _examine(store, job, shard, record, planned, read, opens)
+                    return Findings(shard.number, record, chosen, record.committed, record.quarantined)
+                fingerprint = job.part_of_slice(shard.slice).fingerprint
+                return examine_shard(store, record, fingerprint, planned, read, opens)
 
             several = list(shards)
             yield from pool.map(check, several, [chance.random() < sample for _ in several])
 
 
-def _examine(
-    store: Store, job: Job, shard: Shard, record: CommitRecord, planned: list[str], read: Read, opens: Opens
+def examine_shard(
+    store: Store, record: CommitRecord, fingerprint: str, planned: list[str] | None, read: Read, opens: Opens
 ) -> Findings:
+    """What is stored of a shard whose record should have this ``fingerprint``; of what has no plan, None is planned."""
     rows, objects = _metadata(store, record)
-    if rows is None or record.fingerprint != job.part_of_slice(shard.slice).fingerprint:
-        everything = tuple(range(shard.count))
+    if rows is None or record.fingerprint != fingerprint:
+        lost = [record.metadata_key] if planned is None else planned
         keys = frozenset([record.metadata_key])
-        return Findings(shard, record, altered=tuple(planned), keys=keys, damaged=everything)
+        return Findings(record.shard, record, altered=tuple(lost), keys=keys, damaged=tuple(range(len(lost))))
+    recorded = [row["image_id"] for row in rows]
+    planned = recorded if planned is None else planned
     pictures, sums = read(store, [row["path"] for row in rows if row["status"] == "committed"])
     missing, altered, damaged = [], [], []
     for position, row in enumerate(rows):
@@ -185,7 +189,6 @@ def _examine(
         else:
             continue
         damaged.append(position)
-    recorded = [row["image_id"] for row in rows]
     made = sum(row["status"] == "committed" for row in rows)
     if not damaged and (not _counts(record, rows) or any(sums.get(key, sha256) != sha256 for key, sha256 in objects)):
         altered = recorded  # what the record says, or what else lies within the object that holds the pictures
@@ -196,7 +199,7 @@ def _examine(
             if told != sha256:
                 (missing if told is None else altered).append(key)
     return Findings(
-        shard,
+        record.shard,
         record,
         committed=made - len(damaged),
         quarantined=len(rows) - made,
@@ -204,7 +207,7 @@ def _examine(
         doubled=tuple(sorted((Counter(recorded) - Counter(planned)).keys())),
         altered=tuple(altered),
         keys=frozenset([record.metadata_key, *holding, *(key for key, _ in objects)]),
-        damaged=tuple(damaged if recorded == planned else range(shard.count)),
+        damaged=tuple(damaged if recorded == planned else range(len(planned))),
     )
 
 

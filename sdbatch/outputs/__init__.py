@@ -4,7 +4,7 @@ from sdbatch.outputs.credentials import Signer
 from sdbatch.outputs.encoding import checked_columns, encode, opens, pixels_sum
 from sdbatch.outputs.features import dtype
 from sdbatch.outputs.formats import FORMATS
-from sdbatch.outputs.metadata import check_columns, decode_metadata, encode_metadata, metadata_key
+from sdbatch.outputs.metadata import check_columns, decode_metadata, encode_metadata, metadata_key, metadata_of
 from sdbatch.outputs.provenance import parameters
 from sdbatch.outputs.reading import read_pictures, read_stored
 from sdbatch.outputs.renditions import Copies, copies
@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "encode_metadata",
     "metadata_key",
+    "metadata_of",
     "opens",
     "parameters",
     "pixels_sum",

@@ -96,10 +96,15 @@ def encode_metadata(
     """
     template = [_TEMPLATE] if templated else []
     schema = pa.schema([*COLUMNS, *template, *((name, pa.string()) for name in kept), *checked.items()])
+    return metadata_of(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), objects or {})
+
+
+def metadata_of(table: pa.Table, objects: Mapping[str, str]) -> bytes:
+    """A table of metadata as a Parquet file, with what the shard has beside single pictures."""
     if objects:
-        schema = schema.with_metadata({"sdbatch.objects": json.dumps(dict(objects), sort_keys=True)})
+        table = table.replace_schema_metadata({"sdbatch.objects": json.dumps(dict(objects), sort_keys=True)})
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 
