@@ -28,6 +28,7 @@ COMMANDS = (
     "status",
     "watch",
     "verify",
+    "duplicates",
     "errors",
     "retry",
     "repair",

@@ -1,6 +1,7 @@
 """Checks on what was made: measured beside the model, told in columns, decided by the spec."""
 
 from sdbatch.checks.candidates import Candidate, Looks, candidate_seed, columns, complaint, dropped, kept, wanting
+from sdbatch.checks.duplicates import first_alike
 from sdbatch.checks.found import FoundChecks, find_checks, load_measures, measures_bytes
 from sdbatch.checks.measures import Facts, Measures
 
@@ -15,6 +16,7 @@ __all__ = [
     "complaint",
     "dropped",
     "find_checks",
+    "first_alike",
     "kept",
     "load_measures",
     "measures_bytes",

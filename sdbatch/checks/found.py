@@ -72,7 +72,7 @@ def measures_bytes(checks: Checks | None) -> Callable[[int], int]:
 
 
 def _with_models(checks: Checks | None) -> list[str]:
-    return [] if checks is None else [name for name in ("clip_score", "safety") if name in checks.names]
+    return [] if checks is None else list(checks.models)
 
 
 def _stored(checks: Checks | None, name: str) -> tuple[ClipFolder, Component]:

@@ -38,6 +38,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     results.errors,
     results.retry,
     results.repair,
+    results.duplicates,
     results.report,
     results.remake,
     datasets.export,

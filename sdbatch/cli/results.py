@@ -1,4 +1,4 @@
-"""Commands that take an output: verify, errors, retry, repair, report, remake."""
+"""Commands that take an output: verify, errors, retry, repair, duplicates, report, remake."""
 
 from __future__ import annotations
 
@@ -86,6 +86,9 @@ def retry(output: Output, set_: Set = [], as_json: Json = False) -> None:  # noq
     store = open_output(output)
     with watching() as watch:
         outcome = make_again(store, set_, watch)
+    if outcome.status.dropped and not set_ and not as_json:
+        left = f"{outcome.status.dropped:,} pictures that checks dropped were left: their seeds would give them again"
+        tell(f"{left}; [bold]--set checks.…[/] makes them by other rules")
     report_outcome(outcome, as_json=as_json)
 
 
@@ -108,6 +111,31 @@ def errors(output: Output, as_json: Json = False) -> None:
     tell(f"{len(found):,} quarantined" if found else "[green]✓[/] nothing is quarantined")
     for failure in found:
         tell(f"  [bold]{plain(failure['image_id'])}[/]  {plain(failure['error'])}")
+
+
+def duplicates(
+    output: Output,
+    max_distance: Annotated[
+        int | None,
+        typer.Option(min=0, max=31, help="Bits in which hashes may differ; as the job has it when left out."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List pictures that look like one before them, over the whole job, by the hashes of checks.near_duplicates."""
+    from sdbatch.engine.duplicates import find_duplicates
+
+    store = open_output(output)
+    with bar("reading hashes") as update:
+        found = find_duplicates(store, max_distance, lambda done, total: update(done, total, "shards"))
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    tell(f"{len(found):,} pictures look like one before them" if found else "[green]✓[/] no two pictures look alike")
+    for one in found[:_SHOWN]:
+        bits = f"{one.distance} bits" if one.distance else "no bit"
+        tell(f"  [bold]{plain(one.image_id)}[/]  like {plain(one.duplicate_of)}, {bits} apart")
+    if len(found) > _SHOWN:
+        tell(f"  and {len(found) - _SHOWN:,} more: --json lists them all")
 
 
 def report(

@@ -101,7 +101,7 @@ def image_encoder_bytes(component: Component, batch: int) -> int:
     with skeletons():
         module: Any = component.kind(component.config)
     side = module.vision_model.config.image_size
-    with live_tensors("meta") as live:
+    with torch.inference_mode(), live_tensors("meta") as live:
         module.vision_model(torch.zeros(batch, 3, side, side, device="meta"))
     return _weights(module) + live.peak
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sdbatch import __version__
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.models import bring, find_model
+from sdbatch.engine.models import bring, checks_footprint, find_job_checks, find_model
 from sdbatch.engine.null import NULL
 from sdbatch.engine.reading import check_columns
 from sdbatch.errors import SdbatchError, StorageError
@@ -137,7 +137,10 @@ def _ray(spec: JobSpec | None) -> list[Finding]:
 
 
 def _model(spec: JobSpec) -> list[Finding]:
-    return [_fine("model", f"{spec.model.uri}, sha256 {find_model(spec.model).sha256[:12]}…")]
+    found = [("model", spec.model.uri, find_model(spec.model).sha256)]
+    for name, sha256 in find_job_checks(spec).sha256.items():
+        found.append((f"checks.{name}.model", spec.checks.models[name] if spec.checks else "", sha256))
+    return [_fine(what, f"{uri}, sha256 {sha256[:12]}…") for what, uri, sha256 in found]
 
 
 def _memory(spec: JobSpec) -> list[Finding]:
@@ -162,7 +165,7 @@ def _memory(spec: JobSpec) -> list[Finding]:
         vae_tiling=spec.model.vae_tiling,
         vae_slicing=spec.model.vae_slicing,
         offload_text_encoders=spec.model.offload_text_encoders,
-    ).peak
+    ).peak + checks_footprint(spec)(batch)
     told = f"an actor takes {needed / 1e9:,.2f} GB at batches of {batch}"
     if spec.resources.gpus_per_actor:
         if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from sdbatch.engine.compiled import CompiledCode, Desk
 from sdbatch.engine.image_model import FoundModel, ImageModel
 from sdbatch.engine.null import NULL, NullModel, find_null
 from sdbatch.errors import ModelError, StorageError
-from sdbatch.spec import Checks, ClipScore, JobSpec, Model, Safety
+from sdbatch.spec import Checks, JobSpec, Model
 from sdbatch.storage import open_store
 
 
@@ -46,13 +46,18 @@ Footprint = Callable[[int], int]
 
 def footprint(spec: JobSpec, width: int, height: int) -> Footprint:
     """What the job's models take for pictures of a size, told without loading them. Raises ModelError."""
-    checks = measures_bytes(_brought(spec.checks))
+    checks = checks_footprint(spec)
     if spec.model.uri == NULL:
         return checks
     from sdbatch.engine.latent_model import latent_footprint  # as above
 
     drawing = latent_footprint(_with_uris(spec.model, bring), width, height)
     return lambda batch: drawing(batch) + checks(batch)
+
+
+def checks_footprint(spec: JobSpec) -> Footprint:
+    """What the models of the job's checks take of that. Raises ModelError."""
+    return measures_bytes(_brought(spec.checks))
 
 
 def find_job_checks(spec: JobSpec) -> FoundChecks:
@@ -106,9 +111,11 @@ def _checks_with_uris(checks: Checks | None, change: Callable[[str, str], str]) 
     """The spec's checks with ``change(uri, check)`` made to where their models lie."""
     if checks is None:
         return None
-    models = {name: check for name in checks.names if isinstance(check := getattr(checks, name), ClipScore | Safety)}
     return checks.model_copy(
-        update={name: check.model_copy(update={"model": change(check.model, name)}) for name, check in models.items()}
+        update={
+            name: getattr(checks, name).model_copy(update={"model": change(uri, name)})
+            for name, uri in checks.models.items()
+        }
     )
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from sdbatch.engine.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.errors import JobFailed, UsageError
-from sdbatch.ledger import CommitRecord, Commits, Job, Shard, Shards, read_job, read_round, read_shards, read_slice
+from sdbatch.ledger import (
+    DROPPED,
+    CommitRecord,
+    Commits,
+    Job,
+    Shard,
+    Shards,
+    read_job,
+    read_round,
+    read_shards,
+    read_slice,
+)
 from sdbatch.outputs import decode_metadata, opens, pixels_sum, read_pictures
 from sdbatch.storage import Store
 
@@ -41,7 +52,8 @@ def remake(store: Store, image: str) -> Remade:
     rows = decode_metadata(store.get(record.metadata_key))
     row = rows[position]
     if row["status"] != "committed":
-        raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; 'sdbatch retry' tries it again")
+        remedy = "sdbatch retry … --set checks.…" if row["error"].startswith(DROPPED) else "sdbatch retry"
+        raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; '{remedy}' tries it again")
     prepared = prepared_again(store, job, _changed(store, record, position))
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()

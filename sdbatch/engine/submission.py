@@ -35,6 +35,7 @@ def refuse_unreachable(spec: JobSpec, source: str) -> None:
         ("model.tokenizer", spec.model.tokenizer),
         *((f"model.loras.{place}.uri", lora.uri) for place, lora in enumerate(spec.model.loras)),
         *((f"model.embeddings.{place}.uri", word.uri) for place, word in enumerate(spec.model.embeddings)),
+        *((f"checks.{name}.model", uri) for name, uri in (spec.checks.models if spec.checks else {}).items()),
     ]
     wrong = [
         Problem(field, f"is '{uri}', which starts at this machine's folder", "name s3://…, or a full path all share")

@@ -1,6 +1,6 @@
 """The job spec: what a person writes to have pictures made. One file a section."""
 
-from sdbatch.spec.checks import Checks, ClipScore, Safety
+from sdbatch.spec.checks import Checks
 from sdbatch.spec.generate import Generate, SamplerName
 from sdbatch.spec.input import MAPPABLE, METADATA_COLUMNS, Input
 from sdbatch.spec.job import JobSpec, load_spec, overridden, parse_spec
@@ -17,7 +17,6 @@ __all__ = [
     "MATRIX_FIELDS",
     "METADATA_COLUMNS",
     "Checks",
-    "ClipScore",
     "Credentials",
     "Failures",
     "Generate",
@@ -32,7 +31,6 @@ __all__ = [
     "Prompt",
     "Rendition",
     "Resources",
-    "Safety",
     "SamplerName",
     "combinations",
     "literal",

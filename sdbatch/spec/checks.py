@@ -124,6 +124,12 @@ class Checks(Section):
         """The checks that are in use."""
         return tuple(name for name in CHECKS if getattr(self, name) is not None)
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The checks that ask a model → where it lies."""
+        asking = {"clip_score": self.clip_score, "safety": self.safety}
+        return {name: check.model for name, check in asking.items() if check is not None}
+
     def action(self, name: str) -> OnFail:
         """What happens to a picture that fails a check."""
         own: OnFail | None = getattr(self, name).on_fail

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdbatch.checks import load_measures
+from sdbatch.checks import first_alike, load_measures
 from sdbatch.checks.blank import contrast
 from sdbatch.checks.perceptual_hash import distance, perceptual_hash
 from sdbatch.diffusion.clip import CLIP
@@ -90,3 +90,14 @@ def test_concepts_in_words_are_compared_with_their_thresholds() -> None:
     for facts, cosine in zip(measures(images, ["", ""]), cosines.tolist(), strict=True):
         assert facts.unsafe_concept == "a blue star"
         assert facts.unsafe_score == pytest.approx(cosine + 0.9, abs=5e-4)
+
+
+@pytest.mark.parametrize("most", [0, 1, 4, 11, 31])
+def test_the_first_that_looks_alike_is_found_without_comparing_all(most: int) -> None:
+    rng = np.random.default_rng(most)
+    hashes = rng.integers(0, 2**64, 1500, dtype=np.uint64)
+    for place in range(700, 1500):  # another's, with some bits turned
+        turned = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 14), replace=False))
+        hashes[place] = hashes[rng.integers(0, place)] ^ np.uint64(turned)
+    near = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= most
+    assert np.array_equal(first_alike(hashes, most), near.argmax(axis=1))

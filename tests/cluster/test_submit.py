@@ -135,6 +135,10 @@ def test_the_same_job_has_the_same_id_whatever_the_day(write_job: Callable[..., 
         (["--address", "127.0.0.1:8265"], "should be the cluster's dashboard"),
         (["--address", "http://127.0.0.1:1", "--set", "input.uri=here.csv"], "input.uri: is 'here.csv'"),
         (["--address", "http://127.0.0.1:1", "--set", "model.loras=[{uri: a}]"], "model.loras.0.uri: is 'a'"),
+        (
+            ["--address", "http://127.0.0.1:1", "--set", "checks={clip_score: {model: clip}}"],
+            "checks.clip_score.model: is 'clip'",
+        ),
         ([], "address"),
     ],
 )

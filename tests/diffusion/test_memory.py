@@ -11,7 +11,10 @@ import torch.nn.functional as F
 
 from sdbatch.diffusion import LatentDiffusion, NoiseSchedule, open_checkpoint
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
-from sdbatch.diffusion.memory import activations, live_tensors, peak_bytes
+from sdbatch.diffusion.clip import clip_component
+from sdbatch.diffusion.clip_folder import read_clip_folder
+from sdbatch.diffusion.locate import locate_clip
+from sdbatch.diffusion.memory import activations, image_encoder_bytes, live_tensors, peak_bytes
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.tokenizer import CLIPTokenizer
 from sdbatch.diffusion.unet import UNet, UNetConfig
@@ -171,3 +174,12 @@ def test_without_guidance_half_as_much_is_denoised() -> None:
     weights = sum(peak_bytes(SD15, **size).weights.values())
     both, one = (peak_bytes(SD15, guided=guided, **size).denoising - weights for guided in (True, False))
     assert 1.8 < both / one < 2.2
+
+
+def test_what_a_clip_takes_is_told_before_it_is_loaded() -> None:
+    component = clip_component(read_clip_folder(locate_clip("builtin:shapes-clip")))
+    clip = component.load("cpu", torch.float32)
+    with torch.inference_mode(), live_tensors("cpu") as live:
+        clip.vision_model(torch.zeros(3, 3, 64, 64))
+    weights = sum(value.nbytes for value in clip.state_dict().values())
+    assert image_encoder_bytes(component, 3) == weights + live.peak

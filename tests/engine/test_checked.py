@@ -18,6 +18,7 @@ from sdbatch.errors import ModelError
 from sdbatch.ledger import DROPPED, find_commit, verify
 from sdbatch.outputs import decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest
+from tests.conftest import CommandLine
 from tests.engine.test_generator import Killed, Planned
 
 CLIP = {"model": "builtin:shapes-clip"}
@@ -135,6 +136,21 @@ def test_near_duplicates_are_found_among_those_before_in_the_shard(tmp_path: Pat
     assert [row["duplicate_of"] for row in found] == [None, found[0]["image_id"], found[0]["image_id"], *[None] * 4]
     assert [row["failed_checks"] for row in found[:2]] == ["", "near_duplicates"]
     assert {row["status"] for row in found} == {"committed"}
+
+
+def test_near_duplicates_are_listed_over_the_whole_job(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"near_duplicates": {"max_distance": 2}})
+    generator = job.generator()
+    twins = [dataclasses.replace(request, seed=5) for request in job.requests[2:4]]
+    generator._requests = lambda shard: [*job.requests[:2], *twins, *job.requests[4:]]  # type: ignore[method-assign]
+    generator.run_shard(job.shard)
+    told = CommandLine(tmp_path).json("duplicates", tmp_path)
+    ids = [request.image_id for request in job.requests]
+    assert told == [{"image_id": ids[3], "duplicate_of": ids[2], "distance": 0}]
+    assert len(CommandLine(tmp_path).json("duplicates", tmp_path, "--max-distance", "31")) > 1
+    plain = planned(tmp_path / "plain", {"blank": {}})
+    plain.generator().run_shard(plain.shard)
+    assert "no checks.near_duplicates" in CommandLine(tmp_path)("duplicates", "plain", code=2).stderr
 
 
 def test_a_picture_that_is_not_finite_gets_new_seeds(tmp_path: Path) -> None:

@@ -115,10 +115,10 @@ def test_what_planning_needs_of_a_model_is_small_and_can_be_sent() -> None:
 def test_neither_the_driver_nor_a_generator_imports_torch() -> None:
     code = """
 import sys
-from sdbatch.engine import models, runner
+from sdbatch.engine import logbook, models, runner
 from sdbatch.spec import parse_spec
 spec = parse_spec({"name": "n", "input": {"uri": "x"}, "output": {"uri": "y"}, "model": {"uri": "builtin:null"}})
-assert models.find_model(spec.model).sha256 == models.load_model(spec).sha256
+assert models.find_model(spec.model).sha256 == models.load_model(spec, logbook.Pen()).sha256
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 
 from sdbatch.errors import OutputError, SpecError
-from sdbatch.outputs import Signer, encode, pixels_sum
+from sdbatch.outputs import Signer, checked_columns, encode, pixels_sum
 from sdbatch.spec import Credentials, Picture, parse_spec
 from tests.conftest import CommandLine
 from tests.outputs.test_outputs import JOB, pixels, row
@@ -97,6 +97,24 @@ def test_the_librarys_reader_finds_a_valid_manifest(kind: str, tmp_path: Path) -
     opened = Image.open(io.BytesIO(signed))
     assert b"trainedAlgorithmicMedia" in signed
     assert ("parameters" in opened.info) if kind == "png" else (0x8769 in opened.getexif())
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_what_checks_found_is_read_back_from_a_picture_signed_or_not(kind: str, tmp_path: Path) -> None:
+    found = {
+        "failed_checks": "",
+        "clip_score": 0.25,
+        "duplicate_of": 'a <b> & "c" \x01 ü',
+        "seeds_tried": [1, 2**63 - 1],
+    }
+    told = {**row(), **found}
+    plain = encode(pixels(), Picture(type=kind), told, JOB, tuple(found))
+    signed = Signer(credentials(tmp_path), "1.2.3").signed(plain, kind, told)
+    for data in (plain, signed):
+        assert checked_columns(data, tuple(found)) == {"seed": told["seed"], **found}
+        assert checked_columns(data, ("failed_checks",)) is None  # another job's
+    assert checked_columns(encode(pixels(), Picture(type=kind), row(), JOB), tuple(found)) is None
+    assert checked_columns(plain[:40], tuple(found)) is None
 
 
 def test_one_altered_byte_is_found(tmp_path: Path) -> None:
