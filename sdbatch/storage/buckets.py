@@ -12,7 +12,11 @@ from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.storage.filesystems import filesystem
 from sdbatch.storage.store import Entry, Source, check_key
 
-BUCKETS = ("gs://", "az://")
+_CREDENTIALS = {
+    "gs://": "GOOGLE_APPLICATION_CREDENTIALS or the machine's account",
+    "az://": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_KEY or _SAS_TOKEN, or the machine's identity",
+}
+BUCKETS = tuple(_CREDENTIALS)
 
 
 class BucketFiles(Source):
@@ -62,4 +66,5 @@ class BucketFiles(Source):
             raise ObjectNotFound(f"{self.uri}/{key} does not exist") from None
         except (OSError, pa.ArrowException) as error:
             told = " ".join(str(error).split())
-            raise StorageError(f"{self.uri}/{key} can't be read: {told[:300]}") from None
+            whose = _CREDENTIALS[self.uri[:5]]
+            raise StorageError(f"{self.uri}/{key} can't be read: {told[:300]}; credentials come from {whose}") from None

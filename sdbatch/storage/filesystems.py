@@ -15,7 +15,7 @@ from huggingface_hub import HfFileSystem
 
 from sdbatch.errors import StorageError
 
-_PATIENCE = timedelta(seconds=60)
+_PATIENCE = timedelta(seconds=30)
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:

@@ -17,10 +17,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 
+from sdbatch.engine.shards import ShardCommitter
 from sdbatch.errors import OutputError, SpecError
 from sdbatch.outputs import Signer, checked_columns, encode, pixels_sum
 from sdbatch.spec import Credentials, Picture, parse_spec
+from sdbatch.storage import LocalStore
 from tests.conftest import CommandLine
+from tests.ledger.planned import Planned
 from tests.outputs.test_outputs import JOB, pixels, row
 
 KEYS: dict[str, Callable[[], Any]] = {
@@ -122,6 +125,18 @@ def test_one_altered_byte_is_found(tmp_path: Path) -> None:
     signed = bytearray(Signer(credentials(tmp_path), "1").signed(plain, "png", row()))
     signed[signed.rindex(b"IDAT") + 10] ^= 1
     assert read(bytes(signed), "png")["validation_state"] == "Invalid"
+
+
+def test_renditions_are_signed_as_the_pictures_are(tmp_path: Path) -> None:
+    planned = Planned(LocalStore(tmp_path / "out"), renditions={"small": {"size": "6x6"}}, thumbnail=16)
+    signer = Signer(credentials(tmp_path), "1")
+    planned.committer = ShardCommitter(planned.store, planned.spec, planned.job, {}, signer)
+    planned.commit(0)
+    for key, kind in (
+        ("renditions/small/0000000/00000-00000000-0.png", "png"),
+        ("thumbnails/0000000/00000-00000000-0.webp", "webp"),
+    ):
+        assert read(planned.store.get(key), kind)["validation_state"] == "Valid"
 
 
 @pytest.mark.parametrize("kind", KEYS)
