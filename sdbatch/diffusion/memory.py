@@ -35,10 +35,16 @@ class Memory:
     encoding: int
     denoising: int
     decoding: int
+    resident: int  # weights that lie there all the time
 
     @property
     def peak(self) -> int:
         return max(self.encoding, self.denoising, self.decoding)
+
+    @property
+    def beside(self) -> int:
+        """The peak where a batch is decoded beside the next one's denoising, as jobs on a GPU do."""
+        return max(self.encoding, self.denoising + self.decoding - self.resident)
 
 
 def peak_bytes(
@@ -75,6 +81,7 @@ def peak_bytes(
         encoding=resident + encoding + (max(of_encoders) if offload_text_encoders else 0),
         denoising=resident + denoising,
         decoding=resident + decoding,
+        resident=resident,
     )
 
 

@@ -430,8 +430,13 @@ class LatentDiffusion:
 
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8."""
-    array: np.ndarray = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    array: np.ndarray = pixels_of(pictures).cpu().numpy()
     return array
+
+
+def pixels_of(pictures: Tensor) -> Tensor:
+    """The same, where it is."""
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def vae_dtype(config: VAEConfig, dtype: torch.dtype) -> torch.dtype:

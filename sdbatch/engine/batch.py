@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sdbatch.engine.batching import device_bytes, too_large
-from sdbatch.engine.image_model import ImageModel
+from sdbatch.engine.image_model import Drawn, ImageModel
 from sdbatch.engine.models import footprint
 from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
 from sdbatch.errors import JobFailed
@@ -46,6 +47,18 @@ Result = Made | Refused
 
 
 @dataclass(frozen=True)
+class Coming:
+    """A picture that is on its way from the device. ``result`` waits for it, and raises what happened to the device."""
+
+    result: Callable[[], Result]
+
+
+def arrived(results: Mapping[int, Result | Coming]) -> dict[int, Result]:
+    """All results, when they are there."""
+    return {at: result.result() if isinstance(result, Coming) else result for at, result in results.items()}
+
+
+@dataclass(frozen=True)
 class Slot:
     """A request in its place in a batch, and the pictures that it starts from."""
 
@@ -60,7 +73,7 @@ class BatchMaker:
     def __init__(self, model: ImageModel, spec: JobSpec, pictures_at: str) -> None:
         self._model, self._spec, self._pictures_at = model, spec, pictures_at
 
-    def make(self, first: int, batch: Mapping[int, ImageRequest]) -> dict[int, Result]:
+    def make(self, first: int, batch: Mapping[int, ImageRequest]) -> dict[int, Result | Coming]:
         """Pictures of a batch, position → request, whose first slot is position ``first``.
 
         If the batch fails as a whole, each request is tried by itself.
@@ -70,26 +83,24 @@ class BatchMaker:
         for position, pictures in given.items():
             if not isinstance(pictures, Refused):
                 slots[position - first] = Slot(batch[position], *pictures)
-        results: list[Result] = self._compute_kindly(slots) if any(slots) else []
+        results = self._compute_kindly(slots) if any(slots) else []
         return {
             position: pictures if isinstance(pictures, Refused) else results[position - first]
             for position, pictures in given.items()
         }
 
-    def compute(self, slots: Sequence[Slot | None]) -> list[Result]:
+    def compute(self, slots: Sequence[Slot | None]) -> Sequence[Result | Coming]:
         """Run the model on a full batch; empty slots are padded. A picture that is not finite is refused."""
         filled = [slot.request if slot is not None else None for slot in slots]
         first = next(slot for slot in slots if slot is not None)
-        pixels, finite = self._model.draw(
+        drawn = self._model.draw(
             filled,
             _stack([slot.picture if slot else None for slot in slots], first.picture),
             _stack([slot.mask if slot else None for slot in slots], first.mask),
         )
-        for place, slot in enumerate(slots):
-            if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
-                pixels[place] = np.where(slot.mask[:, :, None], pixels[place], slot.picture)
         truncated = self._model.truncated(["" if request is None else request.prompt for request in filled])
-        return [Made(pixels[slot], truncated[slot]) if finite[slot] else NotFinite() for slot in range(len(slots))]
+        coming = [Coming(partial(_result, drawn, slots, place, truncated[place])) for place in range(len(slots))]
+        return [one.result() for one in coming] if drawn.there else list[Result | Coming](coming)
 
     def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
         """The picture that a request starts from and its mask, as far as it has any."""
@@ -102,7 +113,7 @@ class BatchMaker:
             return Refused(str(error))
         return picture, mask
 
-    def _compute_kindly(self, slots: Sequence[Slot | None]) -> list[Result]:
+    def _compute_kindly(self, slots: Sequence[Slot | None]) -> Sequence[Result | Coming]:
         try:
             return self.compute(slots)
         except self._model.device_errors as error:
@@ -120,7 +131,7 @@ class BatchMaker:
         takes, limit = footprint(self._spec, lead.width, lead.height), device_bytes(self._spec.resources)
         return JobFailed(too_large(len(slots), lead.width, lead.height, takes, limit or 0))
 
-    def _compute_alone(self, slots: Sequence[Slot | None], place: int) -> Result:
+    def _compute_alone(self, slots: Sequence[Slot | None], place: int) -> Result | Coming:
         """One request in its own slot of a padded batch: the same bytes as in company."""
         alone = [slot if i == place else None for i, slot in enumerate(slots)]
         try:
@@ -131,6 +142,17 @@ class BatchMaker:
             raise
         except Exception as error:
             return Refused(f"{type(error).__name__}: {error}")
+
+
+def _result(drawn: Drawn, slots: Sequence[Slot | None], place: int, truncated: bool) -> Result:
+    """What became of the picture in a slot, once it is there."""
+    pixels, finite = drawn.wait()
+    if not finite[place]:
+        return NotFinite()
+    made, slot = pixels[place], slots[place]
+    if slot is not None and slot.mask is not None:  # what is not painted anew stays as it was, to the bit
+        made = np.where(slot.mask[:, :, None], made, slot.picture)
+    return Made(made, truncated)
 
 
 def _stack(arrays: Sequence[np.ndarray | None], like: np.ndarray | None) -> np.ndarray | None:

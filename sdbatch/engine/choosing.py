@@ -14,19 +14,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sdbatch.checks import Candidate, Facts, Measures, candidate_seed, columns, complaint, dropped, kept, wanting
-from sdbatch.engine.batch import Made, NotFinite, Refused, Result
+from sdbatch.engine.batch import Coming, Made, NotFinite, Refused, Result, arrived
 from sdbatch.ledger import DROPPED
 from sdbatch.prompts import ImageRequest
 
 #: Makes some requests of a batch, each in its slot.
-Draw = Callable[[Mapping[int, ImageRequest]], Mapping[int, Result]]
+Draw = Callable[[Mapping[int, ImageRequest]], Mapping[int, Result | Coming]]
 
 
 @dataclass(frozen=True)
 class Choice:
     """What is kept of a batch. ``draws``: how often the model was asked; ``seconds``: that the checks took of it."""
 
-    results: dict[int, Result]
+    results: Mapping[int, Result | Coming]
     draws: int
     seconds: float
 
@@ -73,7 +73,7 @@ class Chooser:
     def _try(self, first: int, trials: Mapping[int, _Trial], draw: Draw) -> float:
         """One more candidate for each; returns the seconds that it took to check them."""
         seeds = {at: candidate_seed(trial.request.seed, len(trial.candidates)) for at, trial in trials.items()}
-        made = draw({at: replace(trial.request, seed=seeds[at]) for at, trial in trials.items()})
+        made = arrived(draw({at: replace(trial.request, seed=seeds[at]) for at, trial in trials.items()}))
         began = time.perf_counter()
         pictures = {at: result for at, result in made.items() if isinstance(result, Made)}
         facts = self._measure(first, trials, pictures)

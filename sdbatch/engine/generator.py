@@ -7,6 +7,7 @@ beside it, while the model is already at the next shard.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import threading
 import time
@@ -23,8 +24,9 @@ import ray
 
 from sdbatch import __version__
 from sdbatch.checks import Looks
-from sdbatch.engine.batch import BatchMaker, Refused, Result
+from sdbatch.engine.batch import BatchMaker, Coming, Refused, Result, arrived
 from sdbatch.engine.choosing import Choice, Chooser, Draw
+from sdbatch.engine.finishers import Finishers
 from sdbatch.engine.image_model import ImageModel
 from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.metrics import ActorMetrics
@@ -38,10 +40,6 @@ from sdbatch.outputs import EncodedPicture, Signer, check_columns, checked_colum
 from sdbatch.prompts import ImageRequest, Shape, from_table
 from sdbatch.spec import JobSpec, parse_spec
 from sdbatch.storage import open_store
-
-#: Batches that are encoded and stored beside the model's work, and how many may wait for that.
-_FINISHERS = 2
-_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Generator:
         self._drawn = set[Shape]()  # shapes that this process has warmed up to
         self._model_turn = threading.Lock()
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._finishers = ThreadPoolExecutor(_FINISHERS, "finisher")
+        self._finishers = Finishers()
 
     def load(self) -> dict[str, str]:
         """Load the model; returns the environment that pictures depend on."""
@@ -148,18 +146,21 @@ class Generator:
                 }
                 if batch:
                     # What is made so far shall outlive the death that may come, and never pile up.
-                    wait(finishing if attempts.suspect(first, batch) else finishing[:-_WAITING])
+                    wait(finishing if attempts.suspect(first, batch) else finishing[: -self._finishers.room])
                     began = time.perf_counter()
                     draw = partial(self._make_marked, shard, attempts, first)
                     made = self._model_thread.submit(self._choose, first, batch, draw, looks).result()
-                    seconds["model"] += time.perf_counter() - began - made.seconds
-                    self._tell("model", time.perf_counter() - began - made.seconds)
+                    making = time.perf_counter() - began
+                    seconds["model"] += making - made.seconds
+                    self._tell("model", making - made.seconds)
                     if self._chooser is not None:
                         seconds["checks"] = seconds.get("checks", 0.0) + made.seconds
                         self._tell("checks", made.seconds)
                     batches += made.draws
                     last = first + size >= len(requests)
-                    finishing.append(self._finishers.submit(self._finish, shard, batch, made.results, last, turn))
+                    finishing.append(
+                        self._finishers.submit(making, self._finish, shard, batch, made.results, last, turn)
+                    )
                     measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
                 self._made += len(requests[first : first + size])
             self._pen.at(None)
@@ -185,7 +186,8 @@ class Generator:
             turn = time.perf_counter()
             draw = partial(self._maker.make, first)
             made = self._model_thread.submit(self._choose, first, batch, draw, {}).result()
-            encoding.append(self._finishers.submit(self._encoded_sizes, shard, batch, made.results))
+            making = time.perf_counter() - turn
+            encoding.append(self._finishers.submit(making, self._encoded_sizes, shard, batch, made.results))
             measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
         sizes = [size for one in encoding for size in one.result()]
         return measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
@@ -226,7 +228,7 @@ class Generator:
             batch = {position: requests[position] for position in positions if first <= position < first + size}
             draw = partial(self._maker.make, first)
             choice = self._model_thread.submit(self._choose, first, batch, draw, dict(looks)).result()
-            for position, result in choice.results.items():
+            for position, result in arrived(choice.results).items():
                 made[position] = None
                 if not isinstance(result, Refused):
                     row = metadata_row(self.job, shard.number, requests[position], truncated=result.truncated)
@@ -254,13 +256,16 @@ class Generator:
         self, first: int, batch: Mapping[int, ImageRequest], draw: Draw, looks: dict[int, tuple[str, str]]
     ) -> Choice:
         """A batch's pictures, with checks the best of those that ``draw`` makes."""
-        if self._chooser is None:
-            return Choice(dict(draw(batch)), draws=1, seconds=0.0)
-        return self._chooser.choose(first, batch, draw, looks)
+        try:
+            if self._chooser is None:
+                return Choice(draw(batch), draws=1, seconds=0.0)
+            return self._chooser.choose(first, batch, draw, looks)
+        except self.model.device_errors:  # of a picture that was waited for
+            os._exit(1)
 
     def _make_marked(
         self, shard: Shard, attempts: Attempts, first: int, batch: Mapping[int, ImageRequest]
-    ) -> dict[int, Result]:
+    ) -> Mapping[int, Result | Coming]:
         """A batch's pictures, what is in work told before. Of a suspect batch each request is made by itself."""
         if not attempts.suspect(first, batch):
             self._pen.at(Mark(shard.stem, first, alone=False))
@@ -272,7 +277,7 @@ class Generator:
                 results[position] = Refused(killer)
                 continue
             self._pen.at(Mark(shard.stem, position, alone=True))
-            results |= self._maker.make(first, {position: request})
+            results |= arrived(self._maker.make(first, {position: request}))
         return results
 
     # -- after the model ---------------------------------------------------------------------------------
@@ -283,11 +288,17 @@ class Generator:
         return encode(pixels, self.spec.output.image, row, fingerprint, self._checked)
 
     def _finish(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result], last: bool, begun: float
+        self,
+        shard: Shard,
+        batch: Mapping[int, ImageRequest],
+        results: Mapping[int, Result | Coming],
+        last: bool,
+        begun: float,
     ) -> dict[int, Ended]:
         """Encode the pictures of a batch and make them outlive this process."""
+        there = self._arrived(shard, results)
         began = time.perf_counter()
-        rows, pictures = self._as_files(shard, batch, results)
+        rows, pictures = self._as_files(shard, batch, there)
         kept = self._committer.writer.keep(shard.stem, pictures, last=last)
         self._tell("finish", time.perf_counter() - began)
         if kept and not last:  # the last ones outlive it only with the whole shard
@@ -299,6 +310,15 @@ class Generator:
             if self._checked and picture.data != ours[position]:  # another writer's
                 rows[position] |= checked_columns(picture.data, self._checked) or {}
         return {position: Ended(row, by_position.get(position)) for position, row in rows.items()}
+
+    def _arrived(self, shard: Shard, results: Mapping[int, Result | Coming]) -> dict[int, Result]:
+        """All results, when they are there. Where the device failed only a new process gets it back."""
+        try:
+            return arrived(results)
+        except self.model.device_errors:
+            size = self.spec.resources.at_once
+            self._pen.at(Mark(shard.stem, min(results) // size * size, alone=False))  # the model is a batch ahead
+            os._exit(1)
 
     def _as_files(
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result]
@@ -323,9 +343,9 @@ class Generator:
         return rows, pictures
 
     def _encoded_sizes(
-        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result]
+        self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result | Coming]
     ) -> list[int]:
-        return [len(picture.data) for picture in self._as_files(shard, batch, results)[1]]
+        return [len(picture.data) for picture in self._as_files(shard, batch, self._arrived(shard, results))[1]]
 
 
 def looks_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, tuple[str, str]]:

@@ -35,6 +35,26 @@ class FoundModel:
         return [max(of_text) for of_text in zip(*by_encoder, strict=True)]
 
 
+class Drawn(Protocol):
+    """A batch of pictures. Unless they are ``there`` the device may still fail; ``wait`` raises that, in any thread."""
+
+    @property
+    def there(self) -> bool: ...
+    def wait(self) -> tuple[np.ndarray, list[bool]]: ...
+
+
+@dataclass(frozen=True)
+class DrawnAtOnce:
+    """Pictures that are there."""
+
+    pixels: np.ndarray
+    finite: list[bool]
+    there: bool = True
+
+    def wait(self) -> tuple[np.ndarray, list[bool]]:
+        return self.pixels, self.finite
+
+
 class ImageModel(Protocol):
     """A loaded model, with a job's settings that all its pictures share."""
 
@@ -46,8 +66,10 @@ class ImageModel(Protocol):
 
     def draw(
         self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
-    ) -> tuple[np.ndarray, list[bool]]:
+    ) -> Drawn:
         """Pixels (B, H, W, 3) uint8 of a full batch of requests of one shape, and which of them came out finite.
+
+        They may still be on their way, but those of the batch before are not.
 
         None is an empty slot; the first slot need not be filled, but one of them is. ``pictures`` (B, H, W, 3) uint8
         are what they start from, ``masks`` (B, H, W) bool where they are made anew; None where the batch has none.

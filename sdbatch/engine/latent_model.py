@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Sequence
 
@@ -19,11 +20,11 @@ from sdbatch.diffusion import (
     Reading,
     TextualInversion,
     open_checkpoint,
-    to_uint8,
 )
 from sdbatch.diffusion.adapters import adapt
 from sdbatch.diffusion.compilation import compile_blocks, compile_into
 from sdbatch.diffusion.compilation import lacking as compiler_lacking
+from sdbatch.diffusion.decoding import Decoder
 from sdbatch.diffusion.float8 import lacking as float8_lacking
 from sdbatch.diffusion.float8 import transformers_to_float8
 from sdbatch.diffusion.locate import local_path
@@ -32,7 +33,7 @@ from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
 from sdbatch.engine.compiled import CompiledCode, code_key
-from sdbatch.engine.image_model import FoundModel
+from sdbatch.engine.image_model import Drawn, DrawnAtOnce, FoundModel
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.prompts import ImageRequest, ModelFacts
 from sdbatch.spec import Generate, Model, Resources
@@ -61,6 +62,8 @@ class LatentModel:
         Raises ModelError.
         """
         check_computing(model, resources.device)
+        # Without it what cuBLAS computes may depend on what other streams do at the time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
         torch.set_num_threads(resources.cpus_per_actor)
         torch.backends.cudnn.benchmark = False
@@ -88,6 +91,9 @@ class LatentModel:
             "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "threads": str(resources.cpus_per_actor),
         }
+        self._decode = Decoder(self._model)
+        self._before: Drawn = DrawnAtOnce(np.empty(0), [])
+        self._shapes = set[torch.Size]()
         if model.fp8:
             transformers_to_float8(self._model.unet)
         self._code = None if code is None else code(self._key(model, resources))
@@ -102,7 +108,7 @@ class LatentModel:
 
     def draw(
         self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
-    ) -> tuple[np.ndarray, list[bool]]:
+    ) -> Drawn:
         """See ``ImageModel``. Empty slots are drawn too, so that every batch of a shape computes the same."""
         lead = next(request for request in requests if request is not None)
         if self._code is None:
@@ -121,7 +127,7 @@ class LatentModel:
         requests: Sequence[ImageRequest | None],
         pictures: np.ndarray | None,
         masks: np.ndarray | None,
-    ) -> tuple[np.ndarray, list[bool]]:
+    ) -> Drawn:
         settings = self._settings
         latents = self._model.generate(
             ["" if request is None else request.prompt for request in requests],
@@ -142,9 +148,13 @@ class LatentModel:
             strength=1.0 if lead.strength is None else lead.strength,
             output="latent",
         )
-        drawn = self._model.decode(latents)
-        finite: list[bool] = drawn.isfinite().flatten(1).all(dim=1).tolist()
-        return to_uint8(drawn.nan_to_num()), finite
+        drawn, shape = self._decode(latents), latents.shape
+        # One batch may be ahead of the device, no more: else nobody could tell what it is at. A shape's first is not:
+        # it may have to warm up, or be compiled.
+        (drawn if shape not in self._shapes else self._before).wait()
+        self._shapes.add(shape)
+        self._before = drawn
+        return drawn
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """See ``ImageModel``: the text encoder's room counts, unless prompts are read in chunks."""
@@ -183,12 +193,12 @@ def find_latent(model: Model) -> FoundModel:
     return FoundModel(_sha256(checkpoint, added), facts, layers - 1, checkpoint.path, checkpoint.tokenizers)
 
 
-def latent_footprint(model: Model, width: int, height: int) -> Callable[[int], int]:
+def latent_footprint(model: Model, width: int, height: int, *, on_gpu: bool) -> Callable[[int], int]:
     """Bytes by batch, of a model that lies on this machine. Raises ModelError."""
     checkpoint = open_checkpoint(model.uri, model.tokenizer, model.prediction_type)
 
     def takes(batch: int) -> int:
-        return peak_bytes(
+        memory = peak_bytes(
             checkpoint,
             dtype=model.dtype,
             batch=batch,
@@ -197,7 +207,8 @@ def latent_footprint(model: Model, width: int, height: int) -> Callable[[int], i
             vae_tiling=model.vae_tiling,
             vae_slicing=model.vae_slicing,
             offload_text_encoders=model.offload_text_encoders,
-        ).peak
+        )
+        return memory.beside if on_gpu else memory.peak
 
     return takes
 

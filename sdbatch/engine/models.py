@@ -51,7 +51,8 @@ def footprint(spec: JobSpec, width: int, height: int) -> Footprint:
         return checks
     from sdbatch.engine.latent_model import latent_footprint  # as above
 
-    drawing = latent_footprint(_with_uris(spec.model, bring), width, height)
+    on_gpu = spec.resources.device == "cuda"
+    drawing = latent_footprint(_with_uris(spec.model, bring), width, height, on_gpu=on_gpu)
     return lambda batch: drawing(batch) + checks(batch)
 
 

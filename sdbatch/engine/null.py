@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdbatch.engine.image_model import FoundModel
+from sdbatch.engine.image_model import Drawn, DrawnAtOnce, FoundModel
 from sdbatch.prompts import ImageRequest, ModelFacts
 
 NULL = "builtin:null"
@@ -32,12 +32,12 @@ class NullModel:
 
     def draw(
         self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
-    ) -> tuple[np.ndarray, list[bool]]:
+    ) -> Drawn:
         """See ``ImageModel``."""
         lead = next(request for request in requests if request is not None)
         colours = np.stack([_colours(0 if request is None else request.seed) for request in requests])
         pixels = colours.repeat(lead.height // _BLOCKS, axis=1).repeat(lead.width // _BLOCKS, axis=2)
-        return pixels, [True] * len(requests)
+        return DrawnAtOnce(pixels, [True] * len(requests))
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """None is: no prompt is read."""

@@ -1,7 +1,7 @@
 """How throughput grows from 1 to 1,000 actors: a simulation from constants that are measured here.
 
-    python -m tests.benchmarks.scaling measure [IMAGES]      # whole jobs of builtin:null at 1, 2, 4 and 8 actors
-    python -m tests.benchmarks.scaling simulate [FILE.json]  # from what the first one wrote, or from the figures below
+    python -m tests.benchmarks.scaling measure [IMAGES [SECONDS]]   # whole jobs of builtin:null at 1, 2, 4 and 8 actors
+    python -m tests.benchmarks.scaling simulate [FILE.json]         # from what that wrote, or from the figures below
 
 What is shared by all actors, and so in the end decides, are three queues: the driver, which hands out shards and takes
 receipts; the logbook, which is told of every batch before it begins; and the store, which takes so many requests a
@@ -26,6 +26,7 @@ from pathlib import Path
 from sdbatch.engine.pool import HELD
 
 ACTORS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+MEASURED = (1, 2, 4, 8)
 SHARD, BATCH = 64, 8
 
 
@@ -126,7 +127,6 @@ def bend(rate: float, constants: Constants, *, files: bool) -> list[tuple[int, f
 def job(actors: int, images: int) -> dict[str, float]:
     """A whole job of builtin:null in this process as driver: its rate, and the driver's CPU time a shard."""
     from sdbatch.engine import runner
-    from sdbatch.engine.cluster import ray_session
     from sdbatch.spec import parse_spec
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,11 +142,10 @@ def job(actors: int, images: int) -> dict[str, float]:
                 "resources": {"actors": actors, "batch_size": BATCH},
             }
         )
-        with ray_session(spec.resources):
-            runner.plan(spec, lambda now: None)
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            outcome = runner.run(spec, lambda now: None)
-            after = resource.getrusage(resource.RUSAGE_SELF)
+        runner.plan(spec, lambda now: None)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        outcome = runner.run(spec, lambda now: None)
+        after = resource.getrusage(resource.RUSAGE_SELF)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         return {
             "actors": actors,
@@ -159,31 +158,49 @@ def marks(times: int = 2000) -> tuple[float, float]:
     """Seconds of a mark in the logbook: its share of the logbook's time when many ask, and the wait of one alone."""
     import ray
 
-    from sdbatch.engine.cluster import ray_session
     from sdbatch.engine.logbook import Mark, Pen, open_logbook
+
+    logbook = open_logbook({})
+    pen, mark = Pen(logbook, 1), Mark("0000000", 0, alone=False)
+    pen.at(mark)
+    began = time.perf_counter()
+    for _ in range(times // 4):
+        pen.at(mark)
+    alone = (time.perf_counter() - began) / (times // 4)
+    began = time.perf_counter()
+    ray.get([logbook.write.remote(1, mark) for _ in range(times)])
+    return (time.perf_counter() - began) / times, alone
+
+
+def measure(images: int, seconds: float) -> dict[str, object]:
+    """The constants, on one Ray for all jobs; those for which no time is left are left out."""
+    from sdbatch.engine.cluster import ray_session
     from sdbatch.spec import Resources
 
-    with ray_session(Resources(actors=1)):
-        logbook = open_logbook()
-        pen, mark = Pen(logbook, 1), Mark("0000000", 0, alone=False)
-        pen.at(mark)
-        began = time.perf_counter()
-        for _ in range(times // 4):
-            pen.at(mark)
-        alone = (time.perf_counter() - began) / (times // 4)
-        began = time.perf_counter()
-        ray.get([logbook.write.remote(1, mark) for _ in range(times)])
-        return (time.perf_counter() - began) / times, alone
+    began, jobs = time.perf_counter(), list[dict[str, float]]()
+    with ray_session(Resources(actors=MEASURED[-1])):
+        queued, alone = marks()
+        tell(f"a mark takes {1e3 * queued:.3f} ms of the logbook, {1e3 * alone:.3f} ms alone")
+        for actors in MEASURED:
+            taken = time.perf_counter() - began
+            if jobs and taken + 1.5 * taken / len(jobs) > seconds:
+                tell(f"no time left for {actors} actors")
+                break
+            jobs.append(job(actors, images))
+            tell(", ".join(f"{name} {value:g}" for name, value in jobs[-1].items()))
+    least = min(found["driver_cpu_a_shard"] for found in jobs)
+    constants = Constants(driver=least, logbook=round(queued, 6), round_trip=round(max(alone - queued, 0.0), 6))
+    return {"jobs": jobs, "constants": asdict(constants)}
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(verb: str, *rest: str) -> None:
     if verb == "measure":
-        images = int(rest[0]) if rest else 4096
-        queued, alone = marks()
-        jobs = [job(actors, images) for actors in (1, 2, 4, 8)]
-        least = min(found["driver_cpu_a_shard"] for found in jobs)
-        constants = Constants(driver=least, logbook=round(queued, 6), round_trip=round(max(alone - queued, 0.0), 6))
-        print(json.dumps({"jobs": jobs, "constants": asdict(constants)}, indent=2))
+        images, seconds = (int(word) for word in [*rest, *("16384", "540")[len(rest) :]])
+        print(json.dumps(measure(images, seconds), indent=2))
         return
     constants = Constants(**json.loads(Path(rest[0]).read_text())["constants"]) if rest else Constants()
     print(constants)

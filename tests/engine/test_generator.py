@@ -138,16 +138,23 @@ class Killed(BaseException):
 def test_finished_batches_of_a_dead_writer_are_used(form: str, tmp_path: Path, peaceful: list[str]) -> None:
     planned = Planned(tmp_path, form)
     dying = planned.generator()
-    make, calls = dying._maker.make, []
+    make, submit = dying._maker.make, dying._finishers.submit
+    calls, finishing = list[Any](), list[Any]()
+
+    def submit_noted(*given: Any) -> Any:
+        finishing.append(submit(*given))
+        return finishing[-1]
 
     def die_in_the_second_batch(first: int, batch: Mapping[int, ImageRequest], *others: Any) -> Any:
         calls.append(batch)
         if len(calls) == 2:
-            dying._finishers.shutdown(wait=True)
+            for stored in finishing:
+                stored.result()
             raise Killed
         return make(first, batch, *others)
 
     dying._maker.make = die_in_the_second_batch  # type: ignore[method-assign]
+    dying._finishers.submit = submit_noted  # type: ignore[method-assign]
     with pytest.raises(Killed):
         dying.run_shard(planned.shard)
 

@@ -89,15 +89,15 @@ def test_what_was_taken_away_is_made_again(
 
 def test_a_picture_depends_on_seed_and_size_alone() -> None:
     model = NullModel()
-    one, finite = model.draw([request(1), None, request(2)], None, None)
-    other, _ = model.draw([request(2, sampler="euler"), request(1, guidance_scale=1.0)], None, None)
+    one, finite = model.draw([request(1), None, request(2)], None, None).wait()
+    other, _ = model.draw([request(2, sampler="euler"), request(1, guidance_scale=1.0)], None, None).wait()
     assert finite == [True, True, True]
     assert one.shape == (3, 16, 16, 3)
     assert one.dtype == np.uint8
     assert np.array_equal(one[0], other[1])
     assert np.array_equal(one[2], other[0])
     assert not np.array_equal(one[0], one[2])
-    wide, _ = model.draw([request(2**63 - 1, 24, 8)], None, None)
+    wide, _ = model.draw([request(2**63 - 1, 24, 8)], None, None).wait()
     assert wide.shape == (1, 8, 24, 3)
 
 
