@@ -232,6 +232,23 @@ def test_what_is_not_done_here_is_refused(name: str, fields: dict, told: str, fo
         CLIP.from_pretrained(folder)
 
 
+def test_weights_in_several_files_and_in_half_precision_are_read(folder: Path) -> None:
+    whole, before = folder / "model.safetensors", CLIP.from_pretrained(folder).score(pictures(), PROMPTS)
+    weights = safetensors.torch.load_file(whole)
+    whole.unlink()
+    halves = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    for place, (key, value) in enumerate(sorted(weights.items())):
+        list(halves.values())[place % 2][key] = value
+    for name, part in halves.items():
+        safetensors.torch.save_file(part, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, part in halves.items() for key in part}}))
+    assert torch.equal(CLIP.from_pretrained(folder).score(pictures(), PROMPTS), before)
+    index.unlink()
+    safetensors.torch.save_file({k: v.half() for k, v in weights.items()}, folder / "model.fp16.safetensors")
+    assert torch.allclose(CLIP.from_pretrained(folder).score(pictures(), PROMPTS), before, atol=0.01)
+
+
 def test_missing_files_are_named(folder: Path) -> None:
     with pytest.raises(ModelError, match="dtype 'int8' is not known"):
         CLIP.from_pretrained(folder, dtype="int8")

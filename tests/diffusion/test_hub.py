@@ -19,6 +19,8 @@ import pytest
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.errors import ModelError
 from tests.diffusion import tiny_models
+from tests.diffusion.test_clip import save_reference
+from tests.diffusion.test_safety_checker import Reference as Safety
 from tests.hub_server import NEW, OLD, Hub, serving
 
 
@@ -81,10 +83,9 @@ for uri in sys.argv[2:]:
 """
 
 
-def ask(hub: Hub, cache: Path, *uris: str, **settings: str) -> dict[str, dict[str, Any]]:
-    """What each model looks like in a new process: the client reads its environment once, when it is imported."""
-    tokenizer = hub.folders["studio/whole", NEW] / "tokenizer"
-    environment = {
+def online(hub: Hub, cache: Path, **settings: str) -> dict[str, str]:
+    """The environment of a process that finds this Hub."""
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(cache),
@@ -92,9 +93,13 @@ def ask(hub: Hub, cache: Path, *uris: str, **settings: str) -> dict[str, dict[st
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **settings,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(tokenizer), *uris], env=environment, capture_output=True, text=True
-    )
+
+
+def ask(hub: Hub, cache: Path, *uris: str, **settings: str) -> dict[str, dict[str, Any]]:
+    """What each model looks like in a new process: the client reads its environment once, when it is imported."""
+    tokenizer = hub.folders["studio/whole", NEW] / "tokenizer"
+    command = [sys.executable, "-c", CLIENT, str(tokenizer), *uris]
+    done = subprocess.run(command, env=online(hub, cache, **settings), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(zip(uris, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -213,3 +218,39 @@ def test_a_local_model_never_touches_the_network(hub: Hub, monkeypatch: pytest.M
     assert file.family == "SDXL"
     with pytest.raises(ModelError, match="does not exist"):
         open_checkpoint("studio/whole/model.safetensors")
+
+
+CLIPS = """
+import sys
+from sdbatch.checks import find_checks
+from sdbatch.errors import ModelError
+from sdbatch.spec import Checks
+for name, uri in (word.split("=") for word in sys.argv[1:]):
+    try:
+        print(find_checks(Checks.model_validate({name: {"model": uri}})).paths[name])
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_models_of_checks_are_fetched_without_what_is_not_read(tmp_path: Path) -> None:
+    clip = save_reference(tmp_path / "clip", "quick_gelu").folder
+    whole = Safety(tmp_path / "whole").root
+    for folder in (clip, whole):
+        (folder / "pytorch_model.bin").write_text("not for us")
+    hub = Hub(
+        {"studio/clip": {"main": NEW}, "studio/whole": {"main": NEW}},
+        {("studio/clip", NEW): clip, ("studio/whole", NEW): whole},
+    )
+    models = ["clip_score=hf:studio/clip", "safety=hf:studio/whole", f"safety=hf:studio/whole@{NEW}/safety_checker"]
+    with serving(hub):
+        command = [sys.executable, "-c", CLIPS, *models, "clip_score=hf:studio/whole", "clip_score=hf:studio/clip/a/b"]
+        environment = online(hub, tmp_path / "cache")
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0].endswith(f"snapshots/{NEW}")
+    assert told[1] == told[2]
+    assert told[1].endswith(f"snapshots/{NEW}/safety_checker")
+    assert "clip_score.model: model 'hf:studio/whole' has no config.json" in told[3]
+    assert "should be hf:OWNER/NAME" in told[4]
+    assert not any(name.endswith(".bin") for repo in ("studio/clip", "studio/whole") for name in hub.fetched(repo))
+    assert "feature_extractor/preprocessor_config.json" in hub.fetched("studio/whole")

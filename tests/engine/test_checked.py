@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from sdbatch.checks import candidate_seed
 from sdbatch.engine.batch import Refused, Result
-from sdbatch.engine.generator import Generator, looks_of
+from sdbatch.engine.generator import looks_of
+from sdbatch.engine.image_model import DrawnAtOnce
 from sdbatch.errors import ModelError
 from sdbatch.ledger import DROPPED, find_commit, verify
 from sdbatch.outputs import decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest
 from tests.conftest import CommandLine
-from tests.engine.test_generator import Killed, Planned
+from tests.engine.test_generator import Planned
 
 CLIP = {"model": "builtin:shapes-clip"}
 #: Limits that some coloured blocks pass and others don't.
@@ -47,28 +47,26 @@ def objects(job: Planned) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
-def test_a_checked_shard_comes_out_the_same_wherever_its_maker_dies(form: str, tmp_path: Path) -> None:
+def test_a_checked_shard_comes_out_the_same_wherever_its_maker_ends(form: str, tmp_path: Path) -> None:
     whole = planned(tmp_path / "whole", EVERYTHING, form)
     receipt = whole.generator().run_shard(whole.shard)
     assert receipt.committed + receipt.quarantined == 7
     assert receipt.failed_making == 0  # what is dropped is no failure
     assert {row["rerolls"] for row in rows(whole)} >= {0, 2}
-    for deaths in (2, 3):
-        job = planned(tmp_path / str(deaths), EVERYTHING, form)
-        dying = job.generator()
-        choose, calls = dying._choose, []
+    for batches in (1, 2):
+        job = planned(tmp_path / str(batches), EVERYTHING, form)
+        begun = job.generator()
+        choose, calls = begun._choose, list[int]()
 
-        def die(first: int, *others: Any, dying: Generator = dying, calls: list[int] = calls, **named: Any) -> Any:
-            calls.append(first)
-            if len(calls) == deaths:  # noqa: B023
-                dying._finishers.shutdown(wait=True)
-                raise Killed
-            return choose(first, *others, **named)  # noqa: B023
+        def stop(*given: Any, begun: Any = begun, choose: Any = choose, calls: Any = calls, last: int = batches) -> Any:
+            calls.append(1)
+            if len(calls) == last:
+                begun.halt()
+            return choose(*given)
 
-        dying._choose = die  # type: ignore[method-assign]
-        with pytest.raises(Killed):
-            dying.run_shard(job.shard)
-        if form == "images":  # of the pictures of a batch some were stored before it died, and others not
+        begun._choose = stop  # type: ignore[method-assign]
+        assert begun.run_shard(job.shard) is None
+        if form == "images":  # of a batch some pictures were stored before it ended, and others not
             job.store.delete(next(entry.key for entry in job.store.list("data/")))
         job.generator().run_shard(job.shard)
         assert objects(job) == objects(whole)
@@ -159,9 +157,9 @@ def test_a_picture_that_is_not_finite_gets_new_seeds(tmp_path: Path) -> None:
     draw = generator.model.draw
     broken = {job.requests[0].seed, job.requests[1].seed, *(candidate_seed(job.requests[1].seed, k) for k in range(9))}
 
-    def overflow(requests: Any, *others: Any) -> tuple[np.ndarray, list[bool]]:
-        pixels, _ = draw(requests, *others)
-        return pixels, [request is None or request.seed not in broken for request in requests]
+    def overflow(requests: Any, *others: Any) -> DrawnAtOnce:
+        finite = [request is None or request.seed not in broken for request in requests]
+        return DrawnAtOnce(draw(requests, *others).wait()[0], finite)
 
     generator.model.draw = overflow  # type: ignore[method-assign]
     receipt = generator.run_shard(job.shard)
