@@ -67,7 +67,7 @@ def card_text(card: Card) -> str:
         "",
         f"# {card.name}",
         "",
-        f"{card.images:,} synthetic pictures with their prompts, drawn by the text-to-image model {_code(card.model)}.",
+        f"{card.images:,} synthetic pictures with their prompts, drawn by the text-to-image model {code(card.model)}.",
         "",
         *_table(("", ""), [(what, f"{count:,}") for what, count in _counts(card).items()]),
         "",
@@ -79,7 +79,7 @@ def card_text(card: Card) -> str:
         "",
         "## How it was made",
         "",
-        *_table(("", ""), [("model", _code(card.model)), ("its sha256", _code(card.model_sha256))]),
+        *_table(("", ""), [("model", code(card.model)), ("its sha256", code(card.model_sha256))]),
         *(f"| {what} | {told} |" for what, told in card.facts.items()),
         "",
         "Every picture is synthetic and says so itself: its XMP has the IPTC digital source type "
@@ -95,7 +95,7 @@ def card_text(card: Card) -> str:
             ("column", "type", "meaning"),
             [
                 (
-                    _code(one.name),
+                    code(one.name),
                     _told(one.type),
                     _cell(meaning(one.name, card.kept)),
                 )
@@ -105,7 +105,7 @@ def card_text(card: Card) -> str:
         "",
         "## Licence",
         "",
-        f"{_code(card.license)}, as whoever made this data set has set it."
+        f"{code(card.license)}, as whoever made this data set has set it."
         if card.license
         else "Nobody has set one (`output.license` in the job spec). The model's own licence may bind what it makes.",
         "",
@@ -191,7 +191,7 @@ def _copies(card: Card) -> list[str]:
     """What there is of every picture once more."""
     if not card.copies:
         return []
-    rows = [(_code(f"{folder}/"), _code(folder.rpartition("/")[2]), what) for folder, (what, _) in card.copies.items()]
+    rows = [(code(f"{folder}/"), code(folder.rpartition("/")[2]), what) for folder, (what, _) in card.copies.items()]
     return ["## Other sizes", "", *_table(("folder", "configuration", "every picture once more"), rows), ""]
 
 
@@ -221,7 +221,7 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]
     return [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Text that is not ours as code in a cell."""
     return f"`{_cell(text).replace('`', chr(39))}`"
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdbatch.dataset.card import Card, write_card
+from sdbatch.dataset.card import Card, code, write_card
 from sdbatch.dataset.job_card import settings
 from sdbatch.dataset.where import Where
 from sdbatch.errors import ObjectNotFound, OutputError, StorageError, UsageError
@@ -268,9 +268,9 @@ def _write_card(
     source: Store, target: Store, job: Job, manifest: Manifest, ending: str, schema: pa.Schema, ended: Exported
 ) -> None:
     spec = parse_spec(job.spec, "the output's job.yaml")
-    facts = {"exported from": f"`{source.uri}`", "fingerprint": f"`{job.fingerprint}`"}
+    facts = {"exported from": code(source.uri), "fingerprint": code(job.fingerprint)}
     if manifest.where is not None:
-        facts["chosen by"] = f"`{manifest.where}`"
+        facts["chosen by"] = code(manifest.where)
     write_card(
         target,
         Card(

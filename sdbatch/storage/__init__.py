@@ -7,7 +7,7 @@ from functools import lru_cache
 from sdbatch.errors import StorageError
 from sdbatch.storage.buckets import BUCKETS, BucketFiles
 from sdbatch.storage.filesystems import filesystem
-from sdbatch.storage.hub import HUB, HubFiles
+from sdbatch.storage.hub import HUB, HUB_NAME, HubFiles
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.s3 import S3Store
 from sdbatch.storage.store import Entry, Source, Store
@@ -60,9 +60,10 @@ def root_length(uri: str) -> int:
     """How many of the URI's characters name what is never a single object: a bucket, a data set's repository."""
     if "://" not in uri:
         return 0
+    if found := HUB_NAME.match(uri):
+        return len(found["root"])
     scheme, _, rest = uri.partition("://")
-    parts = rest.split("/")[: 3 if f"{scheme}://" == HUB else 1]
-    return len(f"{scheme}://{'/'.join(parts)}")
+    return len(f"{scheme}://{rest.partition('/')[0]}")
 
 
 def read_object(uri: str) -> bytes:

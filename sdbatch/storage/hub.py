@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,9 +20,9 @@ from sdbatch.storage.filesystems import hub
 from sdbatch.storage.store import Entry, Source, check_key
 
 HUB = "hf://"
-_NAME = re.compile(
-    r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<path>.*))?"
+HUB_NAME = re.compile(
+    r"(?P<root>hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?)(?:/(?P<path>.*))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -30,10 +31,10 @@ class HubFiles(Source):
     """Files of a data set's repository below a folder, as of one commit, which ``uri`` names."""
 
     def __init__(self, uri: str) -> None:
-        found = _NAME.fullmatch(uri)
+        found = HUB_NAME.fullmatch(uri)
         if found is None:
             raise StorageError(f"'{uri}' should be hf://datasets/OWNER/NAME, and @REVISION and /path if any")
-        repo, revision = found["repo"], found["revision"] or "main"
+        repo, revision = found["repo"], unquote(found["revision"] or "main")
         if not _COMMIT.fullmatch(revision):
             with _asking(uri, repo):
                 revision = str(HfApi(endpoint=os.environ.get("HF_ENDPOINT")).dataset_info(repo, revision=revision).sha)

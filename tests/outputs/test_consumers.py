@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ import webdataset
 from datasets import Image, load_dataset
 from PIL import Image as Pillow
 
-from sdbatch.dataset import write_job_card
+from sdbatch.dataset import Card, card_text, write_job_card
 from sdbatch.outputs import FORMATS, EncodedPicture
 from sdbatch.storage import LocalStore
 from tests.ledger.planned import Planned
@@ -112,6 +113,15 @@ def test_the_card_tells_what_is_there(tmp_path: Path) -> None:
     schema = pq.read_schema(tmp_path / "out/metadata/0000000.parquet")
     assert all(f"| `{name}` | " in card for name in schema.names)
     assert "measured on" not in card  # every column of ours has a meaning
+
+
+def test_names_of_strangers_are_no_markup_in_the_card() -> None:
+    columns = pa.schema([("a|b", pa.string()), ("`<script>`\n# x", pa.string())])
+    card = Card("n", None, "images", "png", 1, 1, "models/`x`|y", "f" * 64, columns, tuple(columns.names), {})
+    text = card_text(card)
+    assert r"| `a\|b` | string | carried over from the prompt table |" in text
+    assert "| `'<script>' # x` | string |" in text
+    assert r"drawn by the text-to-image model `models/'x'\|y`." in text
 
 
 def test_a_card_that_somebody_changed_stays_and_ours_is_renewed(tmp_path: Path) -> None:

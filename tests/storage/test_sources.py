@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -21,8 +22,8 @@ from sdbatch.engine import planner
 from sdbatch.engine.pictures import BadPicture, read_picture
 from sdbatch.engine.reading import read_slices
 from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
-from sdbatch.prompts import changed_files, find_table
-from sdbatch.spec import Input, parse_spec
+from sdbatch.prompts import changed_files, find_table, read_wildcards
+from sdbatch.spec import Input, Prompt, parse_spec
 from sdbatch.storage import open_source, open_store
 from tests import azure_server, hub_server
 from tests.hub_server import NEW, OLD, Hub
@@ -45,6 +46,7 @@ FILES = {
     "eggs.parquet": eggs(),
     "p.jsonl": b'{"prompt": "a cow"}\n',
     "init.png": picture(0).data,
+    "words/animal.txt": b"a yak\n",
     "README.md": b"# a data set\n",
 }
 
@@ -105,7 +107,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Place]]
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(data)
 
-    known = {"datasets/studio/prompts": {"main": NEW, "v1": OLD}}
+    known = {"datasets/studio/prompts": {"main": NEW, "v1": OLD, "refs%2Fpr%2F3": OLD}}
     hub = Hub(known, {("datasets/studio/prompts", NEW): folder, ("datasets/studio/prompts", OLD): folder})
     with hub_server.serving(hub), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
@@ -166,6 +168,11 @@ def test_rows_may_start_from_pictures_beside_the_table(place: Place) -> None:
         read_picture("none.png", place.uri, (16, 8))
 
 
+def test_wildcards_are_read_from_there(place: Place) -> None:
+    found = read_wildcards(Prompt(template="__animal__ in snow", wildcards=f"{place.uri}/words"))
+    assert found.sha256 == {"animal": hashlib.sha256(b"a yak\n").hexdigest()}
+
+
 def test_nothing_is_written_there(place: Place) -> None:
     with pytest.raises(StorageError, match=r"is only read from; use a folder or s3://bucket/prefix"):
         open_store(place.uri)
@@ -188,11 +195,16 @@ def test_tables_are_read_by_ray(place: Place) -> None:
 
 def test_a_table_on_the_hub_is_that_of_one_commit(hub: tuple[Hub, Place], tmp_path: Path) -> None:
     server, place = hub
-    place.put("p.jsonl", FILES["p.jsonl"])
+    for key, data in FILES.items():
+        place.put(key, data)
     found = find_table(Input(uri=f"{place.uri}/p.jsonl"))
     assert found.files[0].uri == f"hf://datasets/studio/prompts@{NEW}/p.jsonl"
     assert tables(f"{place.uri}@v1/p.jsonl") == ["p.jsonl"]
-    assert open_source(f"{place.uri}@v1").uri == f"hf://datasets/studio/prompts@{OLD}"
+    for revision in ("v1", "refs/pr/3", "refs%2Fpr%2F3"):
+        assert open_source(f"{place.uri}@{revision}").uri == f"hf://datasets/studio/prompts@{OLD}"
+        assert tables(f"{place.uri}@{revision}/in/a.csv") == ["a.csv"]
+    with pytest.raises(InputError, match="mixes formats"):
+        tables(f"{place.uri}@refs/pr/3")
 
     # A commit later: another file there is no change, another table is, and what was planned is still to be had.
     later = tmp_path / "later"
