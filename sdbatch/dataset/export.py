@@ -58,6 +58,8 @@ EXPORT_KEY = "_sdbatch/export.json"
 #: Shards that are read, encoded and stored at once.
 _AT_ONCE = 4
 _MENDED = "'sdbatch verify' tells what is wrong with the job's output, and 'sdbatch repair' mends it"
+#: How files of each type begin.
+_BEGINNINGS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}
 Progress = Callable[[int, int], None]
 
 
@@ -66,7 +68,7 @@ class Manifest:
     """What a target holds: which job's pictures, which of them, in which form."""
 
     name: str
-    fingerprint: str  # of the job
+    fingerprint: str  # of the job's first part: extensions are exported, too
     format: str
     image: dict[str, Any] | None  # how pictures were encoded anew; None: they have the job's own bytes
     where: str | None
@@ -103,7 +105,7 @@ def export(
     job, condition = read_job(source), None if where is None else Where(where)
     spec = parse_spec(job.spec, "the output's job.yaml")
     wanted = None if image is None else image.model_dump(mode="json")
-    manifest = Manifest(spec.name, job.fingerprint, form or spec.output.format, wanted, where)
+    manifest = Manifest(spec.name, job.parts[0].fingerprint, form or spec.output.format, wanted, where)
     records = Commits(source)
     first = next(records.newest(), None)
     if first is None:
@@ -223,7 +225,11 @@ class _Exporter:
             if data is None or hashlib.sha256(data).hexdigest() != row["sha256"]:
                 told = "is gone" if data is None else "was altered"
                 raise StorageError(f"{self._source.uri}/{row['path']} {told}; {_MENDED}")
-            if self._image is not None:
+            if self._image is None:
+                if not data.startswith(_BEGINNINGS[self._writer.ending]):
+                    told = f"is no {self._writer.ending}, as others of this job are"
+                    raise UsageError(f"{self._source.uri}/{row['path']} {told}; say by --image what all shall be")
+            else:
                 with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
                     data = encode(np.asarray(opened.convert("RGB")), self._image, row, fingerprint, self._checked)
             found.append(EncodedPicture(position, row, data))

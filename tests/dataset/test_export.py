@@ -16,8 +16,8 @@ from PIL import Image
 from sdbatch import cli
 from sdbatch.dataset import Exported, Where, export, read_manifest, verify_export
 from sdbatch.errors import OutputError, StorageError, UsageError
-from sdbatch.ledger import Again, Round, Verdict, put_round
-from sdbatch.outputs import FORMATS, opens, pixels_sum, read_pictures, read_stored
+from sdbatch.ledger import Again, Part, Round, Shards, Verdict, put_round, write_job
+from sdbatch.outputs import FORMATS, encode, opens, pixels_sum, read_pictures, read_stored
 from sdbatch.spec import Picture
 from sdbatch.storage import LocalStore, Store
 from tests.ledger.planned import Planned
@@ -218,6 +218,31 @@ def test_what_the_job_has_made_or_mended_since_is_exported_too(tmp_path: Path) -
     found = verdict(target)
     assert (found.ok, found.leftover, found.extra) == (True, [], [])
     assert not target.exists("data/0000004.parquet")
+
+
+def test_what_an_extension_has_planned_goes_to_the_same_place(tmp_path: Path) -> None:
+    planned, target = output(tmp_path / "out", "images"), LocalStore(tmp_path / "to")
+    exported(planned.store, target, "parquet")
+    parts = (*planned.job.parts, Part("e" * 64, 0, 0, 0, 0, 0))
+    assert write_job(planned.store, replace(planned.job, parts=parts), Shards.of([])).fingerprint == "e" * 64
+    assert exported(planned.store, target, "parquet").images == 17
+    assert f"| fingerprint | `{'e' * 64}` |" in target.get("README.md").decode()
+
+
+def test_pictures_of_several_types_are_encoded_anew_or_not_exported(tmp_path: Path) -> None:
+    """A retry may have made some of them otherwise."""
+    planned = Planned(LocalStore(tmp_path / "out"), "webdataset")
+    shard, made = planned.shards[0], planned.ended(planned.shards[0])
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    other = [
+        replace(end, picture=replace(end.picture, data=encode(pixels, Picture(type="jpeg"), end.row, "x")))
+        for end in made
+        if end.picture is not None
+    ]
+    planned.committer.commit(shard, other, {}, "w")
+    with pytest.raises(UsageError, match="is no png, as others of this job are; say by --image what all shall be"):
+        exported(planned.store, LocalStore(tmp_path / "to"))
+    assert exported(planned.store, LocalStore(tmp_path / "anew"), image=Picture()).images == 4
 
 
 def test_damage_is_told_on_both_sides(tmp_path: Path) -> None:
