@@ -106,8 +106,10 @@ def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
 
 
-def test_a_second_driver_is_refused_while_the_first_is_at_work(shell: Shell, write_job: Write, tmp_path: Path) -> None:
-    (tmp_path / "prompts.csv").write_text("prompt\n" + "a red circle\n" * 80)
+def test_a_second_driver_is_refused_while_the_first_is_at_work(
+    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "a red circle\n" * 48)
     job = write_job(generate={"num_inference_steps": 20}, output={"shard_size": 8}, resources={"batch_size": 4})
     store = LocalStore(tmp_path / "out")
     first = shell.start("run", job)
@@ -116,15 +118,15 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(shell: Shell, wri
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    ended = shell("run", job, code=2)
+    ended = sdbatch("run", job, code=2)
     assert f"is in use by the driver {first.pid}" in ended.stderr
     assert first.poll() is None
     kill_everything(first)
     before = sums(store)
     assert before
-    shell("run", job, "--set", "generate.num_inference_steps=20")  # a dead driver of this machine holds nobody up
+    sdbatch("run", job)  # a dead driver of this machine holds nobody up
     assert before.items() <= sums(store).items()
-    assert shell.json("verify", "out")["ok"]
+    assert sdbatch.json("verify", "out")["ok"]
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
