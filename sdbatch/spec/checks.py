@@ -115,6 +115,8 @@ class Checks(Section):
     def _something_to_check(self) -> Self:
         if not self.names:
             raise ValueError(f"name no check; there is {', '.join(CHECKS)}")
+        if self.on_fail != "tag" and self.names == ("clip_score",) and not self.scored:
+            raise ValueError(f"have on_fail: {self.on_fail}, but clip_score has no min, without which no picture fails")
         if self.best_of > 1 and self.clip_score is None:
             raise ValueError("have best_of but no clip_score to tell which candidate is the best")
         return self

@@ -28,6 +28,7 @@ CLIP = {"model": "builtin:shapes-clip"}
         ({"clip_score": {**CLIP, "min": "high"}}, "checks.clip_score.min: is 'high'; should be a valid number"),
         ({"clip_score": {**CLIP, "min": float("nan")}}, "checks.clip_score.min: is nan"),
         ({"clip_score": {**CLIP, "on_fail": "drop"}}, "checks.clip_score: has an on_fail but no min"),
+        ({"on_fail": "reroll", "clip_score": CLIP}, "checks: have on_fail: reroll, but clip_score has no min"),
         ({"clip_score": {**CLIP, "mni": 1}}, "checks.clip_score.mni: no such field (did you mean 'min'?)"),
         ({"clip_score": {"model": "s3://me:secret@x/clip"}}, "checks.clip_score.model: holds credentials"),
         ({"blank": True}, "checks.blank: is True; should be a section ({} takes all of its fields as they are)"),

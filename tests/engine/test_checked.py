@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from sdbatch.checks import candidate_seed
+from sdbatch.dataset import write_job_card
 from sdbatch.engine.batch import Refused, Result
 from sdbatch.engine.generator import looks_of
 from sdbatch.engine.image_model import DrawnAtOnce
 from sdbatch.errors import ModelError
 from sdbatch.ledger import DROPPED, find_commit, verify
-from sdbatch.outputs import decode_metadata, opens, read_stored
+from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest
 from tests.conftest import CommandLine
 from tests.engine.test_generator import Planned
@@ -124,6 +125,28 @@ def test_what_is_dropped_is_accounted_for(tmp_path: Path) -> None:
     assert verify(job.store, read_stored, opens, lambda done, total: None).ok
 
 
+@pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
+def test_rows_tell_of_the_pictures_that_stand_also_if_another_writer_judged(form: str, tmp_path: Path) -> None:
+    job = planned(tmp_path, EVERYTHING, form)
+    first, second = job.generator(), job.generator()
+    others = [dataclasses.replace(request, seed=request.seed + 1) for request in job.requests]
+    first._requests = lambda shard: others  # type: ignore[method-assign]
+    first.run_shard(job.shard)
+    before = rows(job)
+    for prefix in ("metadata/", "_sdbatch/commits/"):
+        for entry in list(job.store.list(prefix)):
+            job.store.delete(entry.key)
+    second._committer.writer.kept = lambda stem: {}  # type: ignore[method-assign]
+    second.run_shard(job.shard)
+    names = ("sha256", "seed", *check_columns(job.spec.checks))
+    theirs, ours = (
+        {row["image_id"]: row for row in found if row["status"] == "committed"} for found in (before, rows(job))
+    )
+    assert len(ours) > 2
+    for image_id, row in ours.items():
+        assert [row[name] for name in names] == [theirs[image_id][name] for name in names]
+
+
 def test_near_duplicates_are_found_among_those_before_in_the_shard(tmp_path: Path) -> None:
     job = planned(tmp_path, {"near_duplicates": {"max_distance": 0}})
     generator = job.generator()
@@ -188,22 +211,19 @@ def test_a_request_that_fails_is_not_tried_with_new_seeds(tmp_path: Path) -> Non
     assert {row["failed_checks"] for row in rows(job) if row["status"] == "committed"} == {"clip_score"}
 
 
-@pytest.mark.parametrize("form", ["webdataset", "parquet"])
-def test_what_was_found_is_stored_beside_the_pictures(form: str, tmp_path: Path) -> None:
-    job = planned(tmp_path, EVERYTHING, form)
+@pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
+def test_what_was_found_is_part_of_the_data_set(form: str, tmp_path: Path) -> None:
+    job = planned(tmp_path / "out", EVERYTHING, form)
     job.generator().run_shard(job.shard)
+    assert write_job_card(job.store, job.job, job.spec)
     kept = [row for row in rows(job) if row["status"] == "committed"]
-    if form == "parquet":
-        stored = pq.read_table(tmp_path / "data/0000000.parquet").to_pylist()
-    else:
-        import json
-        import tarfile
-
-        with tarfile.open(tmp_path / "data/0000000.tar") as archive:
-            files = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".json")]
-            stored = [json.loads(file.read()) for file in files if file is not None]
-    for name in (*job.spec.checks.columns, "seed"):
+    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    stored = found["json"] if form == "webdataset" else found
+    for name in ("seed", *check_columns(job.spec.checks)):
         assert [row[name] for row in stored] == [row[name] for row in kept]
+    card = job.store.get("README.md").decode()
+    assert "| requests that could not be made | 0 |" in card
+    assert f"| pictures that checks dropped | {7 - len(kept)} |" in card
 
 
 def test_an_actor_that_finds_another_scorer_than_was_planned_with_refuses(tmp_path: Path) -> None:
