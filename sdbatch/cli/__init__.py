@@ -25,35 +25,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_COMMANDS: tuple[Callable[..., None], ...] = (
-    jobs.validate,
-    jobs.plan,
-    jobs.run,
-    clusters.submit,
-    clusters.schedule,
-    clusters.doctor,
-    progress.status,
-    progress.watch,
-    results.verify,
-    results.errors,
-    results.retry,
-    results.repair,
-    results.duplicates,
-    results.report,
-    results.remake,
-    datasets.export,
-    models.inspect,
-    bench.bench,
-    evaluation.evaluate,
-    training.train,
-    training.finetune,
-    jobs.schema,
-)
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make": (clusters.doctor, jobs.validate, jobs.plan, jobs.run, jobs.schema),
+    "Elsewhere, later": (clusters.submit, clusters.schedule),
+    "Watch": (progress.status, progress.watch, results.errors, results.report),
+    "Prove, mend": (results.verify, results.retry, results.repair, results.remake),
+    "Hand on": (results.duplicates, datasets.export),
+    "Models": (models.inspect, evaluation.evaluate, training.finetune, training.train, bench.bench),
+}
 _STOPPED = "stopped by a signal; what is committed stays, the same command goes on from here"
 _asked_to_stop = threading.Event()
 
-for command in _COMMANDS:
-    app.command()(command)
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def _version(wanted: bool) -> None:
