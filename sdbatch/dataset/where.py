@@ -43,7 +43,10 @@ class Where:
             tree = ast.parse(text.strip(), mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise UsageError(f"--where: {text!r} can't be read; {_HOW}") from None
-        self._test = self._read(tree.body)
+        try:
+            self._test = self._read(tree.body)
+        except RecursionError:
+            raise UsageError(f"--where: is nested too deeply; {_HOW}") from None
 
     def __call__(self, row: Row) -> bool:
         return self._test(row)
@@ -64,7 +67,7 @@ class Where:
         several = isinstance(how, ast.In | ast.NotIn)
         try:
             wanted = ast.literal_eval(value)
-        except ValueError:
+        except (ValueError, TypeError):  # no literal, or one of what can't be in a set
             wanted = None
         values = wanted if several else [wanted]
         if type(how) not in _OPERATORS or not isinstance(values, list | tuple) or not all(map(_plain, values)):

@@ -87,6 +87,9 @@ def test_a_condition_chooses_pictures_and_the_card_tells_it(tmp_path: Path) -> N
     assert sorted(pictures(target)) == ["00000012-0", "00000014-0"]
     assert verdict(target).ok
     assert "| chosen by | `prompt in ['prompt 2', 'prompt 4'] and shard > 0` |" in target.get("README.md").decode()
+    piped = LocalStore(tmp_path / "piped")
+    exported(source, piped, where="prompt in ['a|b',\n'`c`'] or shard < 9")
+    assert r"| chosen by | `prompt in ['a\|b', ''c''] or shard < 9` |" in piped.get("README.md").decode()
     nothing = LocalStore(tmp_path / "nothing")
     assert exported(source, nothing, where="shard < 0").images == 0
     assert verdict(nothing).ok
@@ -132,6 +135,10 @@ def test_conditions_mean_what_they_say(text: str, rows: list[str]) -> None:
         "(" * 500 + "a" + ")" * 500,
         "a == " + "1" * 3000,
         "score is None",
+        "score in {[1]}",
+        "score == " + "-" * 1900 + "1",
+        "score" + ".a" * 990,
+        "score == " + "+".join(["1"] * 900),
     ],
 )
 def test_what_is_no_condition_is_refused_and_never_run(text: str) -> None:
