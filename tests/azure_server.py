@@ -31,21 +31,22 @@ Blobs = dict[str, dict[str, bytes]]
 
 
 @contextmanager
-def serving(blobs: Blobs) -> Iterator[str]:
-    """Yields the connection string that leads to it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(blobs))
+def serving(blobs: Blobs, signature: str = "") -> Iterator[str]:
+    """Yields the connection string that leads to it, with the account's key or else a shared access ``signature``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(blobs, dict(parse_qsl(signature.removeprefix("?")))))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         at = f"http://127.0.0.1:{server.server_address[1]}/{ACCOUNT}"
-        yield f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={at};"
+        secret = f"SharedAccessSignature={signature}" if signature else f"AccountKey={KEY}"
+        yield f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};{secret};BlobEndpoint={at};"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def handler(blobs: Blobs) -> type[BaseHTTPRequestHandler]:
+def handler(blobs: Blobs, signature: dict[str, str]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -90,6 +91,8 @@ def handler(blobs: Blobs) -> type[BaseHTTPRequestHandler]:
             return self.send(200, headers, data)
 
         def signed(self, path: str, asked: dict[str, str]) -> bool:
+            if signature:
+                return signature.items() <= asked.items()
             lines = [self.command, *(self.headers.get(name, "") for name in _SIGNED)]
             ours = sorted(
                 (name.lower(), value) for name, value in self.headers.items() if name.lower().startswith("x-ms-")

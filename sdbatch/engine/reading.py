@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from sdbatch.errors import InputError
 from sdbatch.prompts import SLICE_ROWS, InputFile, Table, template_columns
 from sdbatch.spec import Input, JobSpec
-from sdbatch.storage import filesystem
+from sdbatch.storage import filesystem, unsigned
 
 Row = dict[str, str | None]
 
@@ -94,7 +94,7 @@ def check_columns(spec: JobSpec, table: Table) -> dict[str, str]:
             raise InputError(f"input.uri: {compressed}")
         names = _column_names(table.format, first)
     except (OSError, ValueError, pa.ArrowException) as error:
-        told = _TOO_LONG if _is_too_long(str(error), table) else error
+        told = _TOO_LONG if _is_too_long(str(error), table) else unsigned(str(error))
         raise InputError(f"input.uri: {first.uri} can't be read as {table.format}: {told}") from None
     wanted = _wanted_columns(spec, names)
     for field, column in wanted.items():
@@ -268,12 +268,12 @@ def _compressed(table: Table, file: InputFile) -> str | None:
 def _remedy(error: BaseException, table: Table, columns: Sequence[str]) -> str:
     """What is wrong with which file, found by reading them here, one by one: Ray tells it in pages."""
     for file in table.files:
-        if compressed := _compressed(table, file):
-            return compressed
         try:
+            if compressed := _compressed(table, file):
+                return compressed
             _read_through(table.format, file, columns)
         except (OSError, ValueError, pa.ArrowException) as broken:
-            return f"{file.uri}: {_TOO_LONG if _is_too_long(str(broken), table) else broken}"
+            return f"{file.uri}: {_TOO_LONG if _is_too_long(str(broken), table) else unsigned(str(broken))}"
     return _root_cause(error)
 
 
@@ -302,4 +302,4 @@ def _root_cause(error: BaseException) -> str:
         error = below
         messages.append(str(error))
     told = [" ".join(message.split()) for message in messages if "Traceback" not in message and message]
-    return " ".join(told[-2:]) if told else messages[-1].strip().splitlines()[-1]
+    return unsigned(" ".join(told[-2:]) if told else messages[-1].strip().splitlines()[-1])

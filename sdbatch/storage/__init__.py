@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from sdbatch.errors import StorageError
 from sdbatch.storage.buckets import BUCKETS, BucketFiles
-from sdbatch.storage.filesystems import filesystem
+from sdbatch.storage.filesystems import filesystem, unsigned
 from sdbatch.storage.hub import HUB, HUB_NAME, HubFiles
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.s3 import S3Store
@@ -23,6 +23,7 @@ __all__ = [
     "open_store",
     "read_object",
     "root_length",
+    "unsigned",
 ]
 
 _READ_ONLY = (HUB, *BUCKETS)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage.filesystems import filesystem
+from sdbatch.storage.filesystems import filesystem, unsigned
 from sdbatch.storage.store import Entry, Source, check_key
 
 _CREDENTIALS = {
@@ -65,6 +65,6 @@ class BucketFiles(Source):
         except FileNotFoundError:
             raise ObjectNotFound(f"{self.uri}/{key} does not exist") from None
         except (OSError, pa.ArrowException) as error:
-            told = " ".join(str(error).split())
+            told = unsigned(" ".join(str(error).split()))
             whose = _CREDENTIALS[self.uri[:5]]
             raise StorageError(f"{self.uri}/{key} can't be read: {told[:300]}; credentials come from {whose}") from None

@@ -7,6 +7,7 @@ STORAGE_EMULATOR_HOST, AZURE_STORAGE_…, HF_TOKEN and HF_ENDPOINT.
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -31,10 +32,15 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         if scheme == "az":
             return _azure(), path
     except (OSError, ValueError) as error:
-        raise StorageError(f"{uri}: {' '.join(str(error).split())}") from None
+        raise StorageError(f"{uri}: {unsigned(' '.join(str(error).split()))}") from None
     if scheme == "hf":
         return fs.PyFileSystem(fs.FSSpecHandler(hub())), path
     return fs.LocalFileSystem(), path
+
+
+def unsigned(told: str) -> str:
+    """What an error says, its addresses without what follows a question mark: Arrow's tell Azure's signature there."""
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", told)
 
 
 def hub() -> HfFileSystem:
@@ -72,7 +78,9 @@ def _azure() -> fs.FileSystem:
     if not account:
         raise ValueError("set AZURE_STORAGE_ACCOUNT, or AZURE_STORAGE_CONNECTION_STRING, to say which account it is in")
     key = told.get("AccountKey") or os.environ.get("AZURE_STORAGE_KEY")
-    token = None if key else told.get("SharedAccessSignature") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    signature = told.get("SharedAccessSignature") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    # Arrow puts it behind the address as it is; Azure hands it out with a question mark and without.
+    token = None if key or not signature else f"?{signature.removeprefix('?')}"
     endpoint = urlsplit(told.get("BlobEndpoint", ""))
     if not endpoint.netloc:
         return fs.AzureFileSystem(account, account_key=key, sas_token=token)

@@ -20,9 +20,9 @@ import pytest
 
 from sdbatch.engine import planner
 from sdbatch.engine.pictures import BadPicture, read_picture
-from sdbatch.engine.reading import read_slices
+from sdbatch.engine.reading import check_columns, read_slices
 from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
-from sdbatch.prompts import changed_files, find_table, read_wildcards
+from sdbatch.prompts import InputFile, Table, changed_files, find_table, read_wildcards
 from sdbatch.spec import Input, Prompt, parse_spec
 from sdbatch.storage import open_source, open_store
 from tests import azure_server, hub_server
@@ -253,3 +253,27 @@ def test_azure_needs_an_account_and_a_key_that_fits(azure: Place, monkeypatch: p
     monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
     with pytest.raises(InputError, match="set AZURE_STORAGE_ACCOUNT"):
         tables(f"{azure.uri}/p.jsonl")
+
+
+@pytest.mark.parametrize("signature", ["sv=2024-11-04&sig=a%2Fsecret%3D", "?sv=2024-11-04&sig=a%2Fsecret%3D"])
+def test_azure_reads_with_a_shared_access_signature(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with azure_server.serving({"container": {"p.csv": b"prompt\na cat\n"}}, signature) as connection:
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+        assert open_source("az://container").get("p.csv") == b"prompt\na cat\n"
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection.replace(signature, ""))
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", signature)
+        assert open_source("az://container").get("p.csv") == b"prompt\na cat\n"
+
+
+@pytest.mark.parametrize("signature", ["sig=a%2Fsecret%3D", "?sig=a%2Fsecret%3D"])
+def test_no_error_tells_a_shared_access_signature(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with azure_server.serving({"container": {"p.csv": b"prompt\na cat\n"}}, "sig=another") as connection:
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection.replace("sig=another", signature))
+        with pytest.raises(StorageError, match="AuthenticationFailed") as refused:
+            open_source("az://container").get("p.csv")
+        assert "secret" not in str(refused.value)
+        file = InputFile("p.csv", "az://container/p.csv", 14, "1")
+        spec = parse_spec({"name": "t", "input": {"uri": file.uri}, "output": {"uri": "out"}})
+        with pytest.raises(InputError, match="AuthenticationFailed") as refused:
+            check_columns(spec, Table("csv", (file,)))
+        assert "secret" not in str(refused.value)
