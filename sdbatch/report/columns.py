@@ -27,6 +27,8 @@ PARAMETERS = (
     "model",
 )
 OURS = (*PARAMETERS, "image_id", "row_id", "shard", "model_sha256", "path", "bytes", "sha256", "status", "error")
+#: Columns of checks that name a picture, or nearly.
+_NAMING = ("phash", "duplicate_of")
 _FILTERS = ("template", "sampler", "num_inference_steps", "guidance_scale", "strength", "truncated")
 _MOST_VALUES, _MOST_FILTERS, _FEW = 30, 12, 12
 _BINS, _MOST_DISTRIBUTIONS = 24, 12
@@ -80,8 +82,8 @@ def distributions(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def filters(table: pa.Table) -> list[dict[str, Any]]:
-    """Columns with a few different values, each with how often it is there."""
-    found = list[dict[str, Any]]()
+    """Columns with a few different values, which come up twice or more on average, each with how often it is there."""
+    found, most = list[dict[str, Any]](), min(_MOST_VALUES, len(table) // 2)
     sizes = Counter(
         f"{width}×{height}"
         for width, height in zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
@@ -89,10 +91,10 @@ def filters(table: pa.Table) -> list[dict[str, Any]]:
     columns = {
         name: Counter(table.column(name).to_pylist())
         for name in (*_FILTERS, *others(table))
-        if name in table.column_names and not pa.types.is_list(table.schema.field(name).type)
+        if name not in _NAMING and name in table.column_names and not pa.types.is_list(table.schema.field(name).type)
     }
     for name, counts in {"size": sizes, **columns}.items():
-        if 1 < len(counts) <= _MOST_VALUES and len(found) < _MOST_FILTERS:
+        if 1 < len(counts) <= most and len(found) < _MOST_FILTERS:
             values = sorted(counts.items(), key=lambda pair: (-pair[1], str(pair[0])))
             found.append({"name": name, "values": [[text(value), count] for value, count in values]})
     return found
