@@ -188,8 +188,12 @@ class _Exporter:
 
     def _one(self, record: CommitRecord) -> CommitRecord:
         before = self._there.get(record.shard)
-        if before is not None and before.edition == record.edition:
-            return before
+        made = before if before is not None and before.edition == record.edition else self._exported(record, before)
+        for edition in range(1, record.edition):  # the job has mended it since; also where a stopped export left them
+            self._remove(shard_stem(record.shard, edition))
+        return made
+
+    def _exported(self, record: CommitRecord, before: CommitRecord | None) -> CommitRecord:
         stem = shard_stem(record.shard, record.edition)
         data = self._source.get(record.metadata_key)
         if hashlib.sha256(data).hexdigest() != record.metadata_sha256:
@@ -230,10 +234,18 @@ class _Exporter:
                     told = f"is no {self._writer.ending}, as others of this job are"
                     raise UsageError(f"{self._source.uri}/{row['path']} {told}; say by --image what all shall be")
             else:
-                with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
-                    data = encode(np.asarray(opened.convert("RGB")), self._image, row, fingerprint, self._checked)
+                data = self._encoded(data, self._image, row, fingerprint)
             found.append(EncodedPicture(position, row, data))
         return found
+
+    def _encoded(self, data: bytes, image: Picture, row: dict[str, Any], fingerprint: str) -> bytes:
+        """A picture encoded anew. Raises UsageError where it does not fit into that type."""
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+                return encode(np.asarray(opened.convert("RGB")), image, row, fingerprint, self._checked)
+        except (OSError, ValueError) as error:  # its prompt is too long for the file's header, say
+            told = f"{row['image_id']} can't be encoded as {image.type}: {error}"
+            raise UsageError(f"--image: {told}; choose another type, or leave it out by --where") from None
 
     def _commit(
         self,
@@ -259,8 +271,6 @@ class _Exporter:
             replaced_reasons={},
         )
         put_commit(self._target, made)
-        if before is not None:  # the job has mended this shard since
-            self._remove(shard_stem(before.shard, before.edition))
         return made
 
     def _remove(self, stem: str) -> None:

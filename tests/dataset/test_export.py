@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,38 @@ def test_what_the_job_has_made_or_mended_since_is_exported_too(tmp_path: Path) -
     found = verdict(target)
     assert (found.ok, found.leftover, found.extra) == (True, [], [])
     assert not target.exists("data/0000004.parquet")
+
+
+def test_a_mended_shard_is_there_once_also_if_the_export_was_stopped_before_the_old_one_went(tmp_path: Path) -> None:
+    planned, target = Planned(LocalStore(tmp_path / "out"), "images", slices=2), LocalStore(tmp_path / "to")
+    for number in range(8):
+        planned.commit(number)
+    exported(planned.store, target, "parquet")
+    mended(planned, colour=90)
+
+    def broken(store: LocalStore, key: str) -> None:
+        raise StorageError("the network is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "delete", broken)
+        with pytest.raises(StorageError, match="the network is gone"):
+            exported(planned.store, target, "parquet")
+    assert verdict(target).leftover == ["data/0000004.parquet", "metadata/0000004.parquet"]
+    exported(planned.store, target, "parquet")
+    assert (verdict(target).ok, verdict(target).leftover) == (True, [])
+
+
+def test_a_picture_that_does_not_fit_into_the_type_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = output(tmp_path / "out", "images").store
+
+    def too_long(*given: Any) -> bytes:
+        raise ValueError("XMP data is too long")  # as Pillow does for more than 64 KiB in a JPEG
+
+    monkeypatch.setattr(sys.modules["sdbatch.dataset.export"], "encode", too_long)
+    with pytest.raises(
+        UsageError, match=r"--image: 0000000\d-0 can't be encoded as jpeg: XMP data is too long; choose"
+    ):
+        exported(source, LocalStore(tmp_path / "to"), image=Picture(type="jpeg"))
 
 
 def test_what_an_extension_has_planned_goes_to_the_same_place(tmp_path: Path) -> None:
