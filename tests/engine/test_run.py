@@ -103,6 +103,7 @@ def test_a_job_from_table_to_report(shell: Shell, sdbatch: CommandLine, write_jo
         "shards_committed": 0,
         "bytes": 0,
         "model_seconds": 0.0,
+        "dropped": 0,
         "remaining": 20,
         "images_per_second": 0.0,
         "seconds_left": None,
