@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage.filesystems import hub
+from sdbatch.storage.filesystems import hub, unsigned
 from sdbatch.storage.store import Entry, Source, check_key
 
 HUB = "hf://"
@@ -92,7 +92,7 @@ def _asking(uri: str, repo: str) -> Iterator[None]:
         raise ObjectNotFound(f"{uri} does not exist") from None
     # The library's HTTP client has changed twice, and the errors of each come through as they are.
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        told = unsigned(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
     else:
         return
     raise StorageError(f"{uri} can't be read from the Hugging Face Hub: {told}") from None

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem
 
 from sdbatch.engine import planner
 from sdbatch.engine.pictures import BadPicture, read_picture
@@ -277,3 +278,15 @@ def test_no_error_tells_a_shared_access_signature(signature: str, monkeypatch: p
         with pytest.raises(InputError, match="AuthenticationFailed") as refused:
             check_columns(spec, Table("csv", (file,)))
         assert "secret" not in str(refused.value)
+
+
+def test_no_error_of_the_hub_tells_a_signed_address(hub: tuple[Hub, Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub[1].put("p.jsonl", FILES["p.jsonl"])
+    source = open_source(hub[1].uri)
+
+    def refused(*given: object) -> bytes:
+        raise OSError("403 Forbidden for url 'https://cdn.example/p?X-Amz-Signature=secret'; try again")
+
+    monkeypatch.setattr(HfFileSystem, "cat_file", refused)
+    with pytest.raises(StorageError, match=r"for url 'https://cdn\.example/p'; try again"):
+        source.get("p.jsonl")
