@@ -13,13 +13,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 
 from sdbatch.ledger import CommitRecord
 from sdbatch.outputs import read_pictures
 from sdbatch.outputs.metadata import COLUMNS
 from sdbatch.report import Report, page, write_report
-from sdbatch.report.columns import OURS
+from sdbatch.report.columns import OURS, distributions, filters
+from sdbatch.report.columns import text as shown
 from sdbatch.report.timeline import timeline
 from sdbatch.storage import LocalStore
 from tests.browser import CHROMIUM, Opened, opened
@@ -201,3 +203,21 @@ def test_time_when_nobody_worked_is_no_working_time() -> None:
 
 def test_the_columns_that_all_jobs_have_are_known_as_such() -> None:
     assert sorted(OURS) == sorted(["template", *(name for name, _ in COLUMNS)])
+
+
+def test_columns_of_lists_are_told_and_numbers_of_checks_are_drawn() -> None:
+    count = 20
+    table = pa.table(
+        {
+            "width": [64] * count,
+            "height": [64] * count,
+            "failed_checks": ["", "clip_score"] * (count // 2),
+            "clip_score": [0.2 + place / 100 for place in range(count)],
+            "seeds_tried": [[place, 2**62] for place in range(count)],
+            "scores_tried": [[0.5, None]] * count,
+        }
+    )
+    assert [column["name"] for column in filters(table)] == ["failed_checks"]
+    assert [column["name"] for column in distributions(table)] == ["clip_score"]
+    assert shown(table.column("seeds_tried")[3].as_py()) == f"3 · {2**62}"
+    assert shown([0.5, None]) == "0.5 · –"
