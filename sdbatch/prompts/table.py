@@ -108,8 +108,8 @@ def _matching(source: Input) -> tuple[Source, list[Entry]]:
     parent, _, name = uri.rstrip("/").rpartition("/")
     if name and len(parent) >= root_length(uri):
         single = open_source(parent or ("/" if uri.startswith("/") else "."))
-        if single.exists(name):
-            return single, [entry for entry in single.list(name) if entry.key == name]
+        if (found := single.find(name)) is not None:
+            return single, [found]
     folder = open_source(uri)
     entries = [entry for entry in folder.list() if not re.search(r"(^|/)[._]", entry.key)]
     return folder, [entry for entry in entries if source.format or _ending(entry.key) in ENDINGS]

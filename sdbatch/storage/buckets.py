@@ -53,9 +53,12 @@ class BucketFiles(Source):
         raise StorageError(f"{self.uri}/{key}: the store tells no checksum and no tag, so changes can't be noticed")
 
     def exists(self, key: str) -> bool:
+        return self.find(key) is not None
+
+    def find(self, key: str) -> Entry | None:
         with self._reading(key) as path:
-            found: bool = self._files.get_file_info(path).type == fs.FileType.File
-            return found
+            info = self._files.get_file_info(path)
+        return Entry(key, info.size) if info.type == fs.FileType.File else None
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[str]:

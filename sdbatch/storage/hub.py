@@ -65,10 +65,14 @@ class HubFiles(Source):
         return f"sha256:{large['sha256']}" if large else f"git:{info['blob_id']}"
 
     def exists(self, key: str) -> bool:
+        return self.find(key) is not None
+
+    def find(self, key: str) -> Entry | None:
         try:
-            return bool(self._info(key)["type"] == "file")
+            info = self._info(key)
         except ObjectNotFound:
-            return False
+            return None
+        return Entry(key, info["size"]) if info["type"] == "file" else None
 
     def _info(self, key: str) -> dict[str, Any]:
         with _asking(f"{self.uri}/{key}", self._repo):

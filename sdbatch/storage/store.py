@@ -43,6 +43,10 @@ class Source(ABC):
     def exists(self, key: str) -> bool:
         """Is there an object under this very key?"""
 
+    def find(self, key: str) -> Entry | None:
+        """The object under this very key, None where there is none."""
+        return next((entry for entry in self.list(key) if entry.key == key), None) if self.exists(key) else None
+
 
 class Store(Source):
     """A source that is written, too. No reader ever sees half an object."""

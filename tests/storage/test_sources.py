@@ -25,7 +25,9 @@ from sdbatch.engine.reading import check_columns, read_slices
 from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
 from sdbatch.prompts import InputFile, Table, changed_files, find_table, read_wildcards
 from sdbatch.spec import Input, Prompt, parse_spec
-from sdbatch.storage import open_source, open_store
+from sdbatch.storage import Entry, open_source, open_store
+from sdbatch.storage.buckets import BucketFiles
+from sdbatch.storage.hub import HubFiles
 from tests import azure_server, hub_server
 from tests.hub_server import NEW, OLD, Hub
 from tests.outputs.test_outputs import picture
@@ -141,6 +143,18 @@ def test_a_source_is_listed_and_read(place: Place) -> None:
     with pytest.raises(StorageError, match="is not a key"):
         source.get("../x")
     assert list(open_source(f"{place.uri}/nowhere").list()) == []
+
+
+def test_a_single_table_is_found_without_listing_what_lies_beside_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(*given: object) -> Iterator[Entry]:
+        raise AssertionError("a bucket may hold millions of objects")
+
+    monkeypatch.setattr(BucketFiles, "list", listed)
+    monkeypatch.setattr(HubFiles, "list", listed)
+    (file,) = find_table(Input(uri=f"{place.uri}/p.jsonl")).files
+    assert (file.name, file.bytes) == ("p.jsonl", len(FILES["p.jsonl"]))
 
 
 @pytest.mark.parametrize("place", ["gcs", "azure"], indirect=True)  # of a commit on the Hub there are no others
