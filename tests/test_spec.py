@@ -94,6 +94,21 @@ def test_every_field_of_the_schema_is_described_or_is_a_section() -> None:
             assert "description" in content or "$ref" in content, f"{name}.{field} has no description"
 
 
+def test_what_has_a_form_of_its_own_is_told_with_that_form() -> None:
+    output = {
+        "uri": "out",
+        "license": "CC BY",
+        "c2pa": {"certificate": "x.pem", "key_env": "1"},
+        "renditions": {"small": {"size": "8x8", "background": "#fff"}},
+    }
+    told = problems({**SMALLEST, "name": "a b", "output": output})
+    assert "as the Hub has it: cc-by-4.0" in told["output.license"]
+    assert "write it as #rrggbb" in told["output.renditions.small.background"]
+    assert "name an environment variable" in told["output.c2pa.key_env"]
+    assert "use letters, digits, '.', '-', '_'" in told["name"]
+    assert str(JobSpec.model_json_schema()).count("'pattern': ") == len(told) == 4
+
+
 def test_where_things_lie_does_not_decide_what_is_made() -> None:
     one = parse_spec(SMALLEST).deciding()
     moved = {

@@ -27,6 +27,14 @@ from sdbatch.spec.section import Section
 from sdbatch.spec.variables import filled_in, today
 from sdbatch.spec.words import MOST_SHOWN, plain, shown, suggest
 
+#: How to write what has a form of its own.
+_FORMS = {
+    "name": "use letters, digits, '.', '-', '_', at most 100, a letter or digit first",
+    "license": "write its short name in lower case, as the Hub has it: cc-by-4.0, openrail++, other",
+    "background": "write it as #rrggbb: #ffffff",
+    "key_env": "name an environment variable: letters, digits, '_', no digit first",
+}
+
 
 class JobSpec(Section):
     """A job: rows of a prompt table in, pictures and metadata out."""
@@ -226,7 +234,7 @@ def _problem(details: ErrorDetails) -> Problem:
         expected = re.findall(r"'([^']*)'", str(details.get("ctx", {}).get("expected", "")))
         return Problem(field, f"is {given}", suggest(str(details.get("input"))[:MOST_SHOWN], expected))
     if kind == "string_pattern_mismatch":
-        return Problem(field, f"is {given}", "use letters, digits, '.', '-', '_', at most 100, a letter or digit first")
+        return Problem(field, f"is {given}", _FORMS[field.rpartition(".")[2]])
     if kind == "model_type":
         return Problem(field, f"is {given}; should be a section", "{} takes all of its fields as they are")
     if kind == "value_error":
