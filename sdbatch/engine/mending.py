@@ -23,6 +23,7 @@ from sdbatch.ledger import (
     put_round,
     read_job,
     read_shards,
+    read_status,
     renew_totals,
 )
 from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored
@@ -51,7 +52,8 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
 
     ``changed`` are fields of the spec, ``field=value``, that are to be otherwise this time; they are recorded.
     Requests that were refused at plan time stay so, and pictures that checks dropped unless something has changed: the
-    same seeds would give the same pictures. What an earlier run left undone is made, too.
+    same seeds would give the same pictures. What an earlier run left undone is made, too, but not
+    with changes that decide what pictures look like.
     """
     for change in changed:
         if not change.startswith(_CHANGEABLE):
@@ -91,6 +93,7 @@ def _again(
     started = time.perf_counter()
     job = read_job(store)
     prepared = prepared_again(store, job, changed)
+    _check_alone(store, job, changed)
     check_notify(prepared.spec.notify)
     with telling(prepared.spec, store), driving(prepared, watch) as (watch, check):
         last = newest_round(store)
@@ -100,6 +103,18 @@ def _again(
         if shards:
             put_round(store, Round(last.edition + 1 if last else 2, kind, changed, shards))
         return finish(prepared, job, watch, check, started)
+
+
+def _check_alone(store: Store, job: Job, changed: Sequence[str]) -> None:
+    """Raise UsageError where other settings would also make what is still to be made by those that stand."""
+    planned = parse_spec(job.spec, "the output's job.yaml")
+    last = newest_round(store)
+    stopped = last is not None and last.changed != tuple(changed) and not last.finished(Commits(store))
+    if (read_status(store).remaining or stopped) and overridden(planned, changed).deciding() != planned.deciding():
+        raise UsageError(
+            f"--set {' '.join(changed)}: the job has images still to make, which are planned otherwise; 'sdbatch run' "
+            "makes them first, where too many fail with failures.max_failed_fraction=1"
+        )
 
 
 def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sdbatch.ledger import Again, Round, put_round
 from sdbatch.storage import LocalStore
 from tests.conftest import CommandLine, Shell
 from tests.engine.test_run import kill_everything, sums
@@ -65,6 +66,19 @@ def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, j
 def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine) -> None:
     ended = sdbatch("retry", "out", "--set", "generate.seed=8", code=2)
     assert "generate.seed=8: can't be changed for a retry" in ended.stderr
+
+
+def test_other_settings_are_for_what_is_made_again_alone(sdbatch: CommandLine, job: Path, tmp_path: Path) -> None:
+    sdbatch("plan", job)
+    ended = sdbatch("retry", "out", "--set", "model.dtype=bfloat16", code=2)
+    assert "--set model.dtype=bfloat16: the job has images still to make, which are planned otherwise" in ended.stderr
+    told = sdbatch.json("retry", "out", "--set", "resources.actors=2", code=3)  # decides nothing
+    assert told["state"] == "complete"
+    changes = ("model.dtype=bfloat16",)
+    put_round(LocalStore(tmp_path / "out"), Round(2, "retry", changes, {0: Again(0, 1, (3,))}))  # stopped at once
+    ended = sdbatch("retry", "out", "--set", "model.dtype=float16", code=2)
+    assert "--set model.dtype=float16: the job has images still to make" in ended.stderr
+    assert sdbatch.json("retry", "out", "--set", changes[0], code=3)["state"] == "complete"  # the same command goes on
 
 
 def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
