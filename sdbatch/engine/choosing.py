@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -53,10 +54,12 @@ class Chooser:
         batch: Mapping[int, ImageRequest],
         draw: Draw,
         looks: dict[int, tuple[str, str]],
+        since: Mapping[int, int] = MappingProxyType({}),
     ) -> Choice:
         """Make the best of a batch whose first slot is position ``first``.
 
-        ``looks``: of what is kept of the shard so far; this batch's are added.
+        ``looks``: of what is kept of the shard so far; this batch's are added. ``since``: the editions in which
+        requests that had failed were made after all: those before were compared with nothing that came later.
         """
         trials = {position: _Trial(request) for position, request in sorted(batch.items())}
         draws, seconds = 0, 0.0
@@ -67,7 +70,7 @@ class Chooser:
                 if again:
                     seconds += self._try(first, again, draw)
                     draws += 1
-            again = self._settle(trials, looks)
+            again = self._settle(trials, looks, since)
         return Choice({position: self._ended(trial) for position, trial in trials.items()}, draws, seconds)
 
     def _try(self, first: int, trials: Mapping[int, _Trial], draw: Draw) -> float:
@@ -99,7 +102,9 @@ class Chooser:
         facts = self._measures(pixels, prompts)
         return {at: facts[at - first] for at in pictures}
 
-    def _settle(self, trials: Mapping[int, _Trial], looks: dict[int, tuple[str, str]]) -> dict[int, _Trial]:
+    def _settle(
+        self, trials: Mapping[int, _Trial], looks: dict[int, tuple[str, str]], since: Mapping[int, int]
+    ) -> dict[int, _Trial]:
         """Settle what can be; returns those that need another candidate."""
         again, comparing = dict[int, _Trial](), self._checks.near_duplicates is not None
         waiting = False  # for one before to be settled
@@ -108,7 +113,8 @@ class Chooser:
                 continue
             found, fewest = trial.candidates, self._checks.best_of
             if not waiting:
-                found = [one.compared(looks, position, self._checks) for one in found]
+                there = {at: look for at, look in looks.items() if since.get(at, 1) <= since.get(position, 1)}
+                found = [one.compared(there, position, self._checks) for one in found]
             if len(found) < fewest + self._checks.rerolls and wanting(found, self._checks):
                 again[position] = trial
             elif not waiting:

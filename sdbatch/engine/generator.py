@@ -128,6 +128,7 @@ class Generator:
         requests = self._requests(shard)
         settled = self._settled(shard, requests)
         looks = looks_of({position: end.row for position, end in settled.items()})
+        since = self._committer.retried(shard)
         size = self.spec.resources.at_once
         finishing: list[Future[dict[int, Ended]]] = []
         batches, seconds, measured = 0, {"model": 0.0}, Measured()
@@ -149,7 +150,7 @@ class Generator:
                     wait(finishing if attempts.suspect(first, batch) else finishing[: -self._finishers.room])
                     began = time.perf_counter()
                     draw = partial(self._make_marked, shard, attempts, first)
-                    made = self._model_thread.submit(self._choose, first, batch, draw, looks).result()
+                    made = self._model_thread.submit(self._choose, first, batch, draw, looks, since).result()
                     making = time.perf_counter() - began
                     seconds["model"] += making - made.seconds
                     self._tell("model", making - made.seconds)
@@ -185,7 +186,7 @@ class Generator:
             batch = dict(enumerate(requests[first : first + size], first))
             turn = time.perf_counter()
             draw = partial(self._maker.make, first)
-            made = self._model_thread.submit(self._choose, first, batch, draw, {}).result()
+            made = self._model_thread.submit(self._choose, first, batch, draw, {}, {}).result()
             making = time.perf_counter() - turn
             encoding.append(self._finishers.submit(making, self._encoded_sizes, shard, batch, made.results))
             measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
@@ -223,11 +224,12 @@ class Generator:
         come without their signatures.
         """
         requests, size = self._requests(shard), self.spec.resources.at_once
+        since = self._committer.retried(shard)
         made: dict[int, bytes | None] = {}
         for first in range(0, len(requests), size):
             batch = {position: requests[position] for position in positions if first <= position < first + size}
             draw = partial(self._maker.make, first)
-            choice = self._model_thread.submit(self._choose, first, batch, draw, dict(looks)).result()
+            choice = self._model_thread.submit(self._choose, first, batch, draw, dict(looks), since).result()
             for position, result in arrived(choice.results).items():
                 made[position] = None
                 if not isinstance(result, Refused):
@@ -253,13 +255,18 @@ class Generator:
         return from_table(table.slice(shard.offset, shard.count))
 
     def _choose(
-        self, first: int, batch: Mapping[int, ImageRequest], draw: Draw, looks: dict[int, tuple[str, str]]
+        self,
+        first: int,
+        batch: Mapping[int, ImageRequest],
+        draw: Draw,
+        looks: dict[int, tuple[str, str]],
+        since: Mapping[int, int],
     ) -> Choice:
         """A batch's pictures, with checks the best of those that ``draw`` makes."""
         try:
             if self._chooser is None:
                 return Choice(draw(batch), draws=1, seconds=0.0)
-            return self._chooser.choose(first, batch, draw, looks)
+            return self._chooser.choose(first, batch, draw, looks, since)
         except self.model.device_errors:  # of a picture that was waited for
             os._exit(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdbatch.engine.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
@@ -57,6 +57,7 @@ def remake(store: Store, image: str) -> Remade:
     prepared = prepared_again(store, job, _changed(store, record, position))
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
+    shard = replace(shard, edition=record.edition)
     data = generator.made_again(shard, [position], looks_of(dict(enumerate(rows))))[position]
     if data is None:
         raise JobFailed(f"{image} could be made then and can't be made now")

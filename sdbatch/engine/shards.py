@@ -140,6 +140,16 @@ class ShardCommitter:
         self.writer.carry_over(shard.stem, [end.picture for end in found.values() if end.picture is not None])
         return found
 
+    def retried(self, shard: Shard) -> dict[int, int]:
+        """Position → the edition that made a request again which had failed; the last one, up to this edition."""
+        found = dict[int, int]()
+        while shard.edition > 1:
+            again = self._again(shard)
+            if self._rounds[shard.edition].kind == "retry":
+                found = dict.fromkeys(again.positions, shard.edition) | found
+            shard = replace(shard, edition=again.before)
+        return found
+
     def commit(self, shard: Shard, ended: Sequence[Ended], seconds: dict[str, float], writer: str) -> CommitRecord:
         """End the shard; ``ended`` has one entry a position, its pictures made and kept."""
         pictures = [end.picture for end in ended if end.picture is not None]

@@ -16,7 +16,7 @@ from sdbatch.engine.batch import Refused, Result
 from sdbatch.engine.generator import looks_of
 from sdbatch.engine.image_model import DrawnAtOnce
 from sdbatch.errors import ModelError
-from sdbatch.ledger import DROPPED, find_commit, verify
+from sdbatch.ledger import DROPPED, Again, Round, find_commit, put_round, verify
 from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored
 from sdbatch.prompts import ImageRequest
 from tests.conftest import CommandLine
@@ -157,6 +157,31 @@ def test_near_duplicates_are_found_among_those_before_in_the_shard(tmp_path: Pat
     assert [row["duplicate_of"] for row in found] == [None, found[0]["image_id"], found[0]["image_id"], *[None] * 4]
     assert [row["failed_checks"] for row in found[:2]] == ["", "near_duplicates"]
     assert {row["status"] for row in found} == {"committed"}
+
+
+def test_a_picture_is_never_compared_with_one_that_a_retry_made_later(tmp_path: Path) -> None:
+    job = planned(tmp_path, {"on_fail": "drop", "near_duplicates": {"max_distance": 0}})
+    twins = [dataclasses.replace(request, seed=5) for request in job.requests[:2]]
+
+    def run(edition: int) -> list[dict[str, Any]]:
+        generator = job.generator()
+        generator._requests = lambda shard: [*twins, *job.requests[2:]]  # type: ignore[method-assign]
+        make, failed = generator._maker.make, {0: Refused("init_image: is not there yet")}
+        if edition == 1:
+            generator._maker.make = lambda first, batch: {**make(first, batch), **(failed if 0 in batch else {})}  # type: ignore[method-assign]
+        shard = dataclasses.replace(job.shard, edition=edition)
+        generator.run_shard(shard)
+        found = decode_metadata(job.store.get(f"metadata/{shard.stem}.parquet"))
+        again = generator.checksums(shard, [1], looks_of(dict(enumerate(found))))
+        assert again == {1: found[1]["sha256"]}
+        return found
+
+    first = run(1)
+    assert [row["status"] for row in first[:2]] == ["quarantined", "committed"]
+    put_round(job.store, Round(2, "retry", (), {0: Again(0, 1, (0,))}))
+    assert [row["status"] for row in run(2)[:2]] == ["committed", "committed"]
+    put_round(job.store, Round(3, "repair", (), {0: Again(0, 2, (1,))}))
+    assert run(3)[1]["sha256"] == first[1]["sha256"]
 
 
 def test_near_duplicates_are_listed_over_the_whole_job(tmp_path: Path) -> None:
