@@ -12,8 +12,8 @@ from typing import Any
 
 #: Threads to begin with, before anything was measured, and at most.
 _FIRST, _MOST = 2, 16
-#: Batches that may wait to be finished: more would only fill memory.
-_WAITING = 8
+#: Batches that may wait for a thread. What waits is lost with the process, and fills its memory.
+_WAITING = 2
 #: How much of a new measurement goes into the mean.
 _FRESH = 0.3
 #: Finishing may vary by so much before it falls behind.
@@ -32,7 +32,7 @@ class Finishers:
     @property
     def room(self) -> int:
         """Batches that may be on their way through here."""
-        return max(_WAITING, 2 * self.threads)
+        return self.threads + _WAITING
 
     def submit(self, making: float, finish: Callable[..., Any], *given: Any) -> Future[Any]:
         """Have ``finish(*given)`` done for a batch that the model was at for ``making`` seconds."""

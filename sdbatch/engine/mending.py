@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from sdbatch.engine.planner import Prepared, prepare
 from sdbatch.engine.runner import Outcome, driving, finish
@@ -18,6 +19,7 @@ from sdbatch.ledger import (
     Commits,
     Job,
     Round,
+    changed_for,
     examine,
     newest_round,
     put_round,
@@ -45,6 +47,8 @@ _CHANGEABLE = (
     "checks.",
 )
 _READERS = 8
+#: What of the spec is otherwise, a shard's record, and the positions that are to be made so.
+_Found = tuple[tuple[str, ...], CommitRecord, tuple[int, ...]]
 
 
 def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
@@ -61,23 +65,33 @@ def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
             raise SpecError("--set", [Problem(change, "can't be changed for a retry", f"what can: {fields}")])
         if change in {"model.dtype=auto", "resources.batch_size=auto"}:
             raise SpecError("--set", [Problem(change, "is decided with the plan, which stands", "write a value")])
-    return _again(store, "retry", tuple(changed), lambda job: _quarantined(store, job, bool(changed)), watch)
+
+    def quarantined(job: Job) -> Iterator[_Found]:
+        return ((tuple(changed), *found) for found in _quarantined(store, job, bool(changed)))
+
+    return _again(store, "retry", tuple(changed), quarantined, watch)
 
 
 def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
     """Make again what ``verify`` finds missing or altered, and what an earlier run left undone; remove leftovers.
 
-    A shard whose record is wrong, or what lies beside its pictures, gets a new edition with the same pictures.
+    A shard whose record is wrong, or what lies beside its pictures, gets a new edition with the same pictures. Pictures
+    that a retry made with other settings are made with these again, in a round of their own.
     """
 
-    def damaged(job: Job) -> Iterator[tuple[CommitRecord, tuple[int, ...]]]:
+    def damaged(job: Job) -> Iterator[_Found]:
         renew_totals(store)
         for done, found in enumerate(examine(store, job, read_stored, opens), 1):
             progress(done, job.shards)
             for key in found.leftover:
                 store.delete(key)
             if found.record is not None and not found.sound:
-                yield found.record, found.damaged
+                by_changes: dict[tuple[str, ...], list[int]] = {} if found.damaged else {(): []}
+                for position in found.damaged:
+                    changed = changed_for(store, found.record.shard, found.record.edition, position)
+                    by_changes.setdefault(changed, []).append(position)
+                for changed, positions in by_changes.items():
+                    yield changed, found.record, tuple(positions)
 
     return _again(store, "repair", (), damaged, watch)
 
@@ -86,10 +100,10 @@ def _again(
     store: Store,
     kind: str,
     changed: tuple[str, ...],
-    find: Callable[[Job], Iterator[tuple[CommitRecord, tuple[int, ...]]]],
+    find: Callable[[Job], Iterator[_Found]],
     watch: Watch,
 ) -> Outcome:
-    """Begin a round of what ``find`` finds, records and positions, and make it."""
+    """Begin a round of what ``find`` finds, one for each set of changes, and make it."""
     started = time.perf_counter()
     job = read_job(store)
     prepared = prepared_again(store, job, changed)
@@ -99,10 +113,30 @@ def _again(
         last = newest_round(store)
         if last is not None and not last.finished(Commits(store)):
             finish(prepared, job, watch, check, started)
-        shards = {record.shard: Again(record.slice, record.edition, positions) for record, positions in find(job)}
-        if shards:
-            put_round(store, Round(last.edition + 1 if last else 2, kind, changed, shards))
-        return finish(prepared, job, watch, check, started)
+        rounds: dict[tuple[str, ...], dict[int, Again]] = {}
+        edition, editions = last.edition if last else 1, dict[int, int]()
+        for changes, record, positions in find(job):
+            rounds.setdefault(changes, {})[record.shard] = Again(record.slice, record.edition, positions)
+        outcomes = list[Outcome]()
+        for changes, shards in rounds.items():
+            edition += 1
+            shards = {
+                number: replace(again, before=editions.get(number, again.before)) for number, again in shards.items()
+            }
+            editions |= dict.fromkeys(shards, edition)
+            put_round(store, Round(edition, kind, changes, shards))
+            outcomes.append(finish(prepared, job, watch, check, started))
+        return _together(outcomes) if outcomes else finish(prepared, job, watch, check, started)
+
+
+def _together(outcomes: Sequence[Outcome]) -> Outcome:
+    """How several rounds ended: the last one's end, the work of all."""
+    return replace(
+        outcomes[-1],
+        images=sum(outcome.images for outcome in outcomes),
+        batches=sum(outcome.batches for outcome in outcomes),
+        deaths=sum(outcome.deaths for outcome in outcomes),
+    )
 
 
 def _check_alone(store: Store, job: Job, changed: Sequence[str]) -> None:

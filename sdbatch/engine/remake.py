@@ -12,13 +12,12 @@ from sdbatch.engine.mending import prepared_again
 from sdbatch.errors import JobFailed, UsageError
 from sdbatch.ledger import (
     DROPPED,
-    CommitRecord,
     Commits,
     Job,
     Shard,
     Shards,
+    changed_for,
     read_job,
-    read_round,
     read_shards,
     read_slice,
 )
@@ -54,7 +53,7 @@ def remake(store: Store, image: str) -> Remade:
     if row["status"] != "committed":
         remedy = "sdbatch retry … --set checks.…" if row["error"].startswith(DROPPED) else "sdbatch retry"
         raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; '{remedy}' tries it again")
-    prepared = prepared_again(store, job, _changed(store, record, position))
+    prepared = prepared_again(store, job, changed_for(store, record.shard, record.edition, position))
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
     shard = replace(shard, edition=record.edition)
@@ -96,15 +95,3 @@ def _rows(store: Store, job: Job, shards: Shards, image: str) -> Iterator[tuple[
         ids = read_slice(store, job, number).column("image_id").to_pylist()
         if image in ids:
             yield ids.index(image), shards.of_slice(number)
-
-
-def _changed(store: Store, record: CommitRecord, position: int) -> tuple[str, ...]:
-    """What of the spec was otherwise when this picture was made: by the round that made it."""
-    edition = record.edition
-    while edition > 1:
-        found = read_round(store, edition)
-        again = found.shards[record.shard]
-        if position in again.positions:
-            return found.changed
-        edition = again.before
-    return ()

@@ -153,7 +153,8 @@ def finish(prepared: Prepared, job: Job, watch: Watch, check: Check, started: fl
         making.edition(shards, prepared.located, 1)
         if again is not None:
             chosen = shards.where(np.isin(shards.column("number"), list(again.shards)))
-            making.edition(chosen, overridden(prepared.located, again.changed), again.edition)
+            changed = replace(prepared, spec=overridden(prepared.spec, again.changed))
+            making.edition(chosen, changed.located, again.edition)
         outcome = making.outcome(started)
     if outcome.status.state == "complete":
         write_job_card(prepared.store, job, prepared.spec)

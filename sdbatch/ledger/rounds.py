@@ -76,6 +76,17 @@ def read_round(store: Store, edition: int) -> Round:
         raise StorageError(f"{store.uri}/{key} is damaged: {error}") from None
 
 
+def changed_for(store: Store, number: int, edition: int, position: int) -> tuple[str, ...]:
+    """What of the spec was otherwise when a picture of shard ``number``, as of this edition, was made."""
+    while edition > 1:
+        found = read_round(store, edition)
+        again = found.shards[number]
+        if position in again.positions:
+            return found.changed
+        edition = again.before
+    return ()
+
+
 def newest_round(store: Store) -> Round | None:
     """The round begun last, if there ever was one."""
     names = (re.search(r"/(\d+)\.json$", entry.key) for entry in store.list(_PREFIX))

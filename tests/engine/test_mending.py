@@ -63,6 +63,25 @@ def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, j
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == {n: row["sha256"] for n, row in after.items()}
 
 
+def test_what_a_retry_made_otherwise_is_repaired_as_it_was(
+    sdbatch: CommandLine, write_job: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,start\na red circle,late.png\na blue ring,\n")
+    image = {"type": "jpeg", "quality": 90}
+    sections = {"model": {"uri": "builtin:null"}, "output": {"image": image}, "failures": {"max_failed_fraction": 1}}
+    sdbatch("run", write_job(**sections, input={"columns": {"init_image": "start"}}), code=3)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "late.png")
+    sdbatch("retry", "out", "--set", "output.image.quality=10")
+    before, store = {row["image_id"]: row["sha256"] for row in rows(tmp_path)}, LocalStore(tmp_path / "out")
+    assert len(before) == 2
+    for row in rows(tmp_path):
+        store.delete(str(row["path"]))
+    assert sdbatch.json("repair", "out")["made_now"] >= 2
+    assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
+    assert sdbatch.json("verify", "out")["ok"]
+    assert sdbatch.json("remake", "out", "00000000-0", "--to", "again.jpeg")["same"]
+
+
 def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine) -> None:
     ended = sdbatch("retry", "out", "--set", "generate.seed=8", code=2)
     assert "generate.seed=8: can't be changed for a retry" in ended.stderr

@@ -197,7 +197,8 @@ def test_a_single_file_needs_a_tokenizer_and_may_be_called_otherwise_later(
     sdbatch("run", write_job(output=folder, model={"uri": str(tmp_path / "sdxl")}, generate=size))
     one, other = pictures(tmp_path / "out"), pictures(tmp_path / "folder")
     assert sorted(one) == sorted(other) == ["00000000-0", "00000001-0"]
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    # Weights that lie elsewhere in their file are aligned in another way, which some CPUs' kernels round by.
+    assert all(np.abs(one[name].astype(int) - other[name]).max() <= 1 for name in one)
     assert sdbatch.json("inspect", tmp_path / "renamed.safetensors", "--tokenizer", tokenizer)["family"] == "SDXL"
 
 
