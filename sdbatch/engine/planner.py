@@ -33,7 +33,7 @@ from sdbatch.ledger import (
     write_job,
     write_slice_rows,
 )
-from sdbatch.outputs import Signer
+from sdbatch.outputs import Signer, misfits
 from sdbatch.prompts import (
     ImageRequest,
     OddSize,
@@ -240,9 +240,13 @@ def _plan_part(
         )
         on_rows(first_row + part.rows)
     sizes.refuse(part.rows)
+    all_shards = Shards.joined(shards)
+    for width, height, _ in sorted(all_shards.makeable().counted("width", "height")):
+        for told in misfits(spec.output, (width, height)):
+            raise UsageError(told)
     if part.rows:
         write_slice_rows(store, fingerprint, made_from)
-    return part, Shards.joined(shards), first_fault
+    return part, all_shards, first_fault
 
 
 def _write_job(prepared: Prepared, parts: tuple[Part, ...], shards: Shards) -> Job:

@@ -21,6 +21,8 @@ from sdbatch.spec import Output, Picture, Rendition
 
 _THUMBNAIL = Picture(type="webp", quality=80)
 _LANCZOS = Image.Resampling.LANCZOS
+#: Pixels a side that a format has room for, at most.
+_MOST_SIDE = {"jpeg": 65_500, "webp": 16_383}
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,28 @@ def copies(output: Output) -> list[Copies]:
     return asked
 
 
+def misfits(output: Output, size: tuple[int, int]) -> list[str]:
+    """What of a picture of this size, width and height, is too large for its format, in words with the field."""
+    most = _MOST_SIDE.get(output.image.type, max(size) * 1000)
+    sizes = {"output.image": size}
+    for name, rendition in output.renditions.items():
+        if rendition.size is None:
+            frame = _frame(size, str(rendition.aspect), inside=rendition.fit == "crop")
+        else:
+            frame = _pixels(rendition.size)
+        sizes[f"output.renditions.{name}"] = frame
+    return [
+        f"{field}: of pictures of {size[0]}x{size[1]} it would have {width}x{height}, and {output.image.type} has at "
+        f"most {most:,} pixels a side; set output.image.type: png, or another shape"
+        for field, (width, height) in sizes.items()
+        if max(width, height) > most
+    ]
+
+
 def framed(picture: Image.Image, rendition: Rendition) -> Image.Image:
     """The picture in a rendition's frame, centred."""
     if rendition.size is not None:
-        width, _, height = rendition.size.partition("x")
-        size = int(width), int(height)
+        size = _pixels(rendition.size)
         if rendition.fit == "crop":
             return ImageOps.fit(picture, size, _LANCZOS)
         return ImageOps.pad(picture, size, _LANCZOS, rendition.background)
@@ -65,6 +84,11 @@ def framed(picture: Image.Image, rendition: Rendition) -> Image.Image:
     canvas = Image.new("RGB", size, rendition.background)
     canvas.paste(picture, (left, top))  # what lies outside is cut off
     return canvas
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    width, _, height = size.partition("x")
+    return int(width), int(height)
 
 
 def _told(rendition: Rendition) -> str:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from sdbatch.dataset import write_job_card
 from sdbatch.ledger import Again, Round, put_round
-from sdbatch.outputs import FORMATS, EncodedPicture, copies, encode
+from sdbatch.outputs import FORMATS, EncodedPicture, copies, encode, misfits
 from sdbatch.outputs.containers import tar_members
 from sdbatch.outputs.renditions import framed
-from sdbatch.spec import Output, Picture, Rendition
+from sdbatch.spec import Output, Picture, Rendition, parse_spec
 from sdbatch.storage import LocalStore
 from tests.ledger.planned import Planned
 from tests.outputs.test_consumers import IDS, loaded, no_cache_of_the_user  # noqa: F401
@@ -98,6 +98,25 @@ def test_a_copy_is_reproducible_and_says_how_it_was_made() -> None:
 )
 def test_mistakes_are_told_before_any_work(output: dict[str, Any], field: str, message: str) -> None:
     assert message in problems({**SMALLEST, "output": {"uri": "out", **output}})[field]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (
+            {"image": {"type": "webp"}},
+            ["output.image: of pictures of 16384x2000 it would have 16384x2000, and webp"],
+        ),
+        ({"renditions": {"a": {"aspect": "1:10", "fit": "pad"}}}, []),
+        (
+            {"image": {"type": "jpeg"}, "renditions": {"a": {"aspect": "1:10", "fit": "pad"}, "b": {"aspect": "1:10"}}},
+            ["output.renditions.a: of pictures of 16384x2000 it would have 16384x163840, and jpeg has at most 65,500"],
+        ),
+    ],
+)
+def test_what_has_no_room_in_its_format_is_told_with_its_field(output: dict[str, Any], told: list[str]) -> None:
+    found = misfits(parse_spec({**SMALLEST, "output": {"uri": "out", **output}}).output, (16384, 2000))
+    assert [one[: len(expected)] for one, expected in zip(found, told, strict=True)] == told
 
 
 @pytest.fixture(params=FORMATS)
