@@ -77,7 +77,9 @@ def call(arguments: list[str]) -> int:
         return 2
     except (Exception, Interrupted) as error:
         # What a signal raises within a call of Ray's own comes out of it in disguise, or not at all.
-        told = Interrupted(_STOPPED) if _asked_to_stop.is_set() else error
+        told = error
+        if _asked_to_stop.is_set() and not isinstance(error, Interrupted):
+            told = Interrupted(_STOPPED)
         if not isinstance(told, SdbatchError | Interrupted):
             raise
         return _tell(told, as_json="--json" in arguments)

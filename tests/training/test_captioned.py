@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from sdbatch.errors import InputError
+from sdbatch.outputs import FORMATS, EncodedPicture
 from sdbatch.outputs.metadata import COLUMNS, encode_metadata
-from sdbatch.outputs.shards import FORMATS, EncodedPicture
 from sdbatch.storage import open_store
 from sdbatch.training.captioned import CaptionedPicture, prepare, read_captioned
 
