@@ -140,3 +140,9 @@ def test_outputs_that_use_nothing_new_are_decided_as_before() -> None:
 )
 def test_mistakes_in_the_output_are_told_before_any_work(output: dict, field: str, message: str) -> None:
     assert message in problems({**SMALLEST, "output": {"uri": "out", **output}})[field]
+
+
+def test_a_size_of_no_whole_cells_is_told_with_those_beside_it() -> None:
+    told = problems({**SMALLEST, "generate": {"width": 100}})
+    assert "has width 100; sizes are multiples of 8: 96 or 104, or set round_size" in told["generate"]
+    assert parse_spec({**SMALLEST, "generate": {"width": 100, "round_size": "up"}}).generate.width == 100

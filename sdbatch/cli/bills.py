@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from sdbatch.cli.console import plain, span
+from sdbatch.cli.console import plain, size, span
 from sdbatch.ledger import dollars
 from sdbatch.spec import Resources
 
@@ -111,5 +111,5 @@ def _hours(actor_hours: float, gpu_hours: float) -> str:
     return f"{gpu_hours:.3g} GPU-hours" if gpu_hours else f"{actor_hours:.3g} actor-hours, no GPU"
 
 
-def _size(size: int | None) -> str:
-    return "not known" if size is None else f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+def _size(bytes_: int | None) -> str:
+    return "not known" if bytes_ is None else size(bytes_)

@@ -120,6 +120,14 @@ def of_checks(dropped: int) -> str:
     return f", {dropped:,} of them dropped by checks" if dropped else ""
 
 
+def size(count: int) -> str:
+    """Bytes in words."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1e3:,.1f} kB"
+
+
 def span(seconds: float) -> str:
     """A length of time in words."""
     minutes, rest = divmod(int(seconds), 60)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdbatch import ledger
-from sdbatch.cli.console import of_checks, people, plain, print_json, span, tell
+from sdbatch.cli.console import of_checks, people, plain, print_json, size, span, tell
 from sdbatch.cli.results import Json, Output, open_output
 from sdbatch.errors import Interrupted
 from sdbatch.ledger import DEAD, Driver, Progress
@@ -157,7 +157,7 @@ def _facts(found: Progress) -> Iterator[tuple[str, str]]:
             told += f" when last at work; {span(left)} to go at that"
         yield "speed", told
     yield "shards", f"{status.shards_committed:,} of {status.shards:,}"
-    yield "size", f"{status.bytes / 1e6:,.1f} MB"
+    yield "size", size(status.bytes)
     if found.at_work and driver is not None and driver.now.get("deaths"):
         yield "died", f"[yellow]{int(driver.now['deaths']):,}[/] of the actors, and was replaced"
 

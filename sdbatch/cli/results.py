@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from sdbatch import dataset, ledger
-from sdbatch.cli.console import bar, facts, plain, print_json, tell, watching
+from sdbatch.cli.console import bar, facts, plain, print_json, size, tell, watching
 from sdbatch.cli.jobs import Set, report_outcome
 from sdbatch.errors import OutputError, StorageError, UsageError
 from sdbatch.outputs import opens, read_pictures, read_stored
@@ -151,9 +151,9 @@ def report(
     if as_json:
         print_json(page)
         return
-    tell(f"[green]✓[/] {page.shown:,} images on one page of {page.bytes / 1e6:,.1f} MB: {plain(page.uri)}")
+    tell(f"[green]✓[/] {page.shown:,} images on one page of {size(page.bytes)}: {plain(page.uri)}")
     if page.files:
-        tell(f"  beside it {page.files:,} files of {page.files_bytes / 1e6:,.1f} MB, in report/")
+        tell(f"  beside it {page.files:,} files of {size(page.files_bytes)}, in report/")
 
 
 def remake(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdbatch.spec.section import Section
 
@@ -69,3 +69,12 @@ class Generate(Section):
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError("should be two numbers between 0 and 1, the smaller one first")
         return interval
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> Self:
+        for name, pixels in (("width", self.width), ("height", self.height)):
+            if pixels is not None and pixels % 8 and self.round_size is None:
+                below = pixels // 8 * 8
+                near = f"{below} or {below + 8}" if below else "8"
+                raise ValueError(f"has {name} {pixels}; sizes are multiples of 8: {near}, or set round_size")
+        return self

@@ -75,7 +75,7 @@ function figures() {
   add(whole.format(summary.quarantined), "quarantined", summary.quarantined ? "bad" : "");
   if (timeline.seconds) add(`${brief(made / timeline.seconds)}/s`, `images, over ${span(timeline.seconds)} of work`);
   if (left && summary.images_per_second) add(span(left / summary.images_per_second), "left at the latest speed");
-  add(`${whole.format(Math.round(summary.bytes / 1e5) / 10)} MB`, "of pictures");
+  add(summary.bytes < 1e6 ? `${whole.format(Math.round(summary.bytes / 100) / 10)} kB` : `${whole.format(Math.round(summary.bytes / 1e5) / 10)} MB`, "of pictures");
   const when = new Date(summary.written * 1000).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
   $("facts").textContent = `${summary.state} · ${summary.model} · ${summary.output} · as of ${when}`;
   $("facts").title = summary.devices.map(([told, count]) => `${whole.format(count)} images: ${told}`).join("\n");
