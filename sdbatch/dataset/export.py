@@ -53,6 +53,7 @@ from sdbatch.outputs import (
 )
 from sdbatch.spec import Checks, Picture, parse_spec
 from sdbatch.storage import Store
+from sdbatch.storage.parquet import read_parquet
 
 EXPORT_KEY = "_sdbatch/export.json"
 #: Shards that are read, encoded and stored at once.
@@ -198,7 +199,7 @@ class _Exporter:
         data = self._source.get(record.metadata_key)
         if hashlib.sha256(data).hexdigest() != record.metadata_sha256:
             raise StorageError(f"{self._source.uri}/{record.metadata_key} was altered; {_MENDED}")
-        table = pq.read_table(io.BytesIO(data))
+        table = read_parquet(data)
         rows = [
             (position, row)
             for position, row in enumerate(table.to_pylist())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sdbatch.checks import first_alike
 from sdbatch.errors import StorageError, UsageError
 from sdbatch.ledger import Commits, read_job
 from sdbatch.spec import parse_spec
 from sdbatch.storage import Store
+from sdbatch.storage.parquet import read_parquet
 
 _READERS = 16
 _COLUMNS = ["image_id", "status", "phash"]
@@ -56,7 +55,7 @@ def find_duplicates(store: Store, most: int | None, progress: Callable[[int, int
 
 def _hashes(store: Store, key: str) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(store.get(key)), columns=_COLUMNS)
+        table = read_parquet(store.get(key), _COLUMNS)
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{store.uri}/{key} is damaged: {' '.join(str(error).split())}; see 'sdbatch verify'"

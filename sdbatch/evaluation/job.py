@@ -8,14 +8,11 @@ OUTPUT/sheet.png         the first pictures of each cell
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from sdbatch.engine.null import NULL
 from sdbatch.errors import JobFailed, OutputError, PlanChanged, StorageError, UsageError
@@ -30,6 +27,7 @@ from sdbatch.ledger import find_job, read_job, read_status
 from sdbatch.outputs import read_pictures
 from sdbatch.spec import JobSpec, literal, load_spec
 from sdbatch.storage import Store, open_store
+from sdbatch.storage.parquet import read_parquet
 
 PROMPTS = "prompts.parquet"
 RESULTS = {"rates": "fidelity.json", "tables": "fidelity.md", "plot": "fidelity.png", "pictures": "sheet.png"}
@@ -81,7 +79,7 @@ def prepare(
         table = prompt_table(settings, prompts_per_cell, seed)
         if made is None:
             store.put(PROMPTS, to_parquet(table))
-        elif not pq.read_table(io.BytesIO(store.get(PROMPTS))).equals(table):
+        elif not read_parquet(store.get(PROMPTS)).equals(table):
             raise PlanChanged(
                 f"{store.uri} holds pictures of other prompts, samplers, steps or guidance; choose another output"
             )

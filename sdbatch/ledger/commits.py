@@ -27,6 +27,7 @@ from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger.plan import Shard, shard_stem
 from sdbatch.ledger.reasons import DROPPED, count_reasons, summed
 from sdbatch.storage import Store
+from sdbatch.storage.parquet import read_parquet
 
 _SINGLE = "_sdbatch/commits/"
 _COLLECTED = "_sdbatch/committed/"
@@ -188,7 +189,7 @@ def read_collected(store: Store, number: int, edition: int) -> list[CommitRecord
     key = _collected_key(number, edition)
     data = store.get(key)
     try:
-        table = pq.read_table(io.BytesIO(data), columns=["record"], page_checksum_verification=True)
+        table = read_parquet(data, ["record"], checksums=True)
         texts = table.column("record").to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(f"{store.uri}/{key} is damaged: {' '.join(str(error).split())}; {_REMEDY}") from None

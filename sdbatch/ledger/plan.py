@@ -28,6 +28,7 @@ import yaml
 from sdbatch.errors import ObjectNotFound, OutputError, PlanChanged, StorageError
 from sdbatch.spec import Model
 from sdbatch.storage import Store
+from sdbatch.storage.parquet import read_parquet
 
 JOB_KEY = "_sdbatch/job.yaml"
 _EXTENSIONS = "_sdbatch/extensions/"
@@ -242,7 +243,7 @@ def _write(store: Store, fingerprint: str, name: str, table: pa.Table) -> None:
 def _read(store: Store, fingerprint: str, name: str) -> pa.Table:
     key = _key(fingerprint, name)
     try:
-        return pq.read_table(io.BytesIO(store.get(key)), page_checksum_verification=True)
+        return read_parquet(store.get(key), checksums=True)
     except (pa.ArrowException, OSError) as error:
         told = " ".join(str(error).split())
         raise StorageError(f"{store.uri}/{key} is damaged: {told}; put it back, or start in a new output") from None

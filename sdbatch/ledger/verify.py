@@ -6,7 +6,6 @@ Slice by slice, so that a job of any size is checked in the memory that one slic
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 import re
@@ -18,7 +17,6 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger.commits import TOTALS_KEY, CommitRecord, Commits, read_totals
@@ -26,6 +24,7 @@ from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice, s
 from sdbatch.ledger.rounds import newest_round
 from sdbatch.spec import Output
 from sdbatch.storage import Entry, Store
+from sdbatch.storage.parquet import read_parquet
 
 #: Pictures by their paths, and the sha256 of each object that holds several, by its key.
 Read = Callable[[Store, Iterable[str]], tuple[dict[str, bytes], dict[str, str]]]
@@ -236,7 +235,7 @@ def _metadata(store: Store, record: CommitRecord) -> tuple[list[dict[str, Any]] 
         return None, ()
     if hashlib.sha256(data).hexdigest() != record.metadata_sha256:
         return None, ()
-    table = pq.read_table(io.BytesIO(data), columns=["image_id", "status", "path", "bytes", "sha256", "error"])
+    table = read_parquet(data, ["image_id", "status", "path", "bytes", "sha256", "error"])
     return table.to_pylist(), json.loads((table.schema.metadata or {}).get(b"sdbatch.objects", b"{}")).items()
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from sdbatch.outputs.features import with_features
 from sdbatch.outputs.metadata import description, description_fields
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredShard, stored, write_once
+from sdbatch.storage.parquet import read_parquet
 
 #: A viewer reads whole row groups to show some rows: at most so many rows, and bytes of pictures.
 _GROUP_ROWS, _GROUP_BYTES = 100, 32 << 20
@@ -125,7 +126,7 @@ def tar_members(data: bytes) -> dict[str, bytes]:
 
 def _parquet_images(data: bytes) -> dict[str, bytes]:
     """The ``path`` of each image in a Parquet shard → its bytes, in the order of the rows."""
-    column = pq.read_table(io.BytesIO(data), columns=["image"]).column("image").to_pylist()
+    column = read_parquet(data, ["image"]).column("image").to_pylist()
     return {image["path"]: image["bytes"] for image in column}
 
 

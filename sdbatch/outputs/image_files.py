@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from sdbatch.outputs.metadata import CheckColumns, description, description_fields
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard, stored, write_once
+from sdbatch.storage.parquet import read_parquet
 
 #: Pictures of a shard that are on their way to the store at once.
 _UPLOADS = 8
@@ -82,7 +83,7 @@ def _folder_table(pictures: Sequence[EncodedPicture], held: Sequence[StoredPictu
 
 def _named(folder: str, data: bytes) -> list[StoredPicture]:
     """The pictures that a folder's table names."""
-    rows = pq.read_table(io.BytesIO(data), columns=["file_name", "bytes", "sha256"]).to_pylist()
+    rows = read_parquet(data, ["file_name", "bytes", "sha256"]).to_pylist()
     return [
         StoredPicture(
             int(row["file_name"].partition("-")[0]), f"{folder}/{row['file_name']}", row["bytes"], row["sha256"]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdbatch.spec import Checks
+from sdbatch.storage.parquet import read_parquet
 
 COLUMNS: list[tuple[str, pa.DataType]] = [
     ("image_id", pa.string()),
@@ -109,5 +110,5 @@ def metadata_of(table: pa.Table, objects: Mapping[str, str]) -> bytes:
 
 
 def decode_metadata(data: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(data).to_pylist()
     return rows

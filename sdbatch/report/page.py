@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import io
 import json
 import time
 from collections import Counter
@@ -27,13 +26,13 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sdbatch.ledger import CommitRecord, Commits, Job, read_job, read_progress, reason
 from sdbatch.report.columns import OURS, PARAMETERS, distributions, filters, others, text
 from sdbatch.report.thumbnails import Read, draw_packs, packs
 from sdbatch.report.timeline import timeline
 from sdbatch.storage import Store
+from sdbatch.storage.parquet import read_parquet
 
 PAGE_KEY = "report.html"
 _BESIDE = "report/"
@@ -164,7 +163,7 @@ def _table(store: Store, records: Sequence[CommitRecord], limit: int) -> pa.Tabl
     """The first rows of the metadata, each with its position in its shard."""
 
     def read(record: CommitRecord) -> pa.Table:
-        table = pq.read_table(io.BytesIO(store.get(record.metadata_key)))
+        table = read_parquet(store.get(record.metadata_key))
         return table.append_column("position", pa.array(range(len(table)), pa.int32()))
 
     wanted, images = list[CommitRecord](), 0
