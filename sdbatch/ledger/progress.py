@@ -14,8 +14,9 @@ from sdbatch.ledger.plan import Job, read_job
 from sdbatch.ledger.rounds import newest_round
 from sdbatch.storage import Store
 
-#: Records that tell a job's speed, and what between two of them is a pause: so many times the median, and seconds.
-_NEWEST = 64
+#: Records that tell a job's speed: at most so many, and so few that their ends alone tell little.
+_NEWEST, _FEW = 64, 8
+#: What between two of them is a pause: so many times the median, and seconds.
 _PAUSE_TIMES, _PAUSE_SECONDS = 20, 60.0
 
 
@@ -94,8 +95,12 @@ def images_per_second(records: Sequence[CommitRecord]) -> float:
         return 0.0
     pause = max(_PAUSE_TIMES * median(gaps), _PAUSE_SECONDS)
     first = max((place for place, gap in enumerate(gaps, 1) if gap > pause), default=0)
-    seconds = newest[-1].finished_at - newest[first].finished_at
-    return sum(record.committed for record in newest[first + 1 :]) / seconds if seconds > 0 else 0.0
+    if len(newest) - first < _FEW:  # at a beginning, where shards that were made side by side end together
+        images, began = newest[first:], min(one.finished_at - one.seconds.get("shard", 0.0) for one in newest[first:])
+    else:
+        images, began = newest[first + 1 :], newest[first].finished_at
+    seconds = newest[-1].finished_at - began
+    return sum(record.committed for record in images) / seconds if seconds > 0 else 0.0
 
 
 def _status(store: Store, job: Job, totals: Totals) -> Status:

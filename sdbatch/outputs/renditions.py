@@ -56,7 +56,9 @@ def copies(output: Output) -> list[Copies]:
 
 def misfits(output: Output, size: tuple[int, int]) -> list[str]:
     """What of a picture of this size, width and height, is too large for its format, in words with the field."""
-    most = _MOST_SIDE.get(output.image.type, max(size) * 1000)
+    most = _MOST_SIDE.get(output.image.type)
+    if most is None:
+        return []
     sizes = {"output.image": size}
     for name, rendition in output.renditions.items():
         if rendition.size is None:

@@ -26,6 +26,7 @@ def test_speed_is_that_since_the_last_pause() -> None:
     fast = [record(i, 90_000 + 2.0 * i) for i in range(10)]
     assert images_per_second(slow) == pytest.approx(0.8)
     assert images_per_second([*slow, *fast]) == pytest.approx(4.0)
+    assert images_per_second([record(0, 10.0), record(1, 10.2)]) == pytest.approx(16 / 2.2)  # made side by side
     assert images_per_second(slow[:1]) == images_per_second([]) == 0.0
     assert images_per_second([replace(one, seconds={}) for one in slow]) == 0.0  # refused, not made
 
