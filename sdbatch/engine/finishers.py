@@ -19,7 +19,7 @@ _SLACK = 1.25
 
 
 class Finishers:
-    """Finishes batches in threads, as many at once as what a batch takes here and in the model, as measured, asks for."""
+    """Finishes batches in threads, as many at once as keep up with the model, by what a batch takes of each."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_MOST + _SPARE, "finisher")
