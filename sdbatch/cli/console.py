@@ -68,11 +68,10 @@ def bar(label: str) -> Iterator[Any]:
 
 
 class _Lines:
-    """What a bar becomes in a log file: a line every few seconds and at every change of stage."""
+    """What a bar becomes in a log file: a line every few seconds and at every change of stage, never the same again."""
 
     def __init__(self, label: str) -> None:
-        self._label, self._last = label, 0.0
-        self._started = time.monotonic()
+        self._label, self._last, self._said = label, 0.0, ""
 
     def __call__(self, done: int, total: int | None, text: str, label: str | None = None) -> None:
         now = time.monotonic()
@@ -80,7 +79,10 @@ class _Lines:
         if not changed and now - self._last < _PLAIN_SECONDS and done != total:
             return
         self._label, self._last = label or self._label, now
-        people.print(f"{self._label}: {done:,}{f' of {total:,}' if total else ''} {text}".rstrip(), soft_wrap=True)
+        line = f"{self._label}: {done:,}{f' of {total:,}' if total else ''} {text}".rstrip()
+        if line != self._said:
+            self._said = line
+            people.print(line, soft_wrap=True)
 
 
 @contextmanager
