@@ -78,6 +78,12 @@ class Worker:
     shards: tuple[int, ...]  # that it holds
 
 
+def takes_another(held: int, todo: int, actors: int) -> bool:
+    """Does who holds so many shards get one more of those ``todo``? One to wait beside another only while there is one
+    left for each other actor: at a job's end shards go to whom is free, and wait at nobody while others are idle."""
+    return todo > 0 if held == 0 else todo >= actors
+
+
 class Pool:
     """Generator actors for one job. ``on_look(images_made, crew, deaths)`` is called about once a second.
 
@@ -157,9 +163,10 @@ class Pool:
         """Give work to who is ready, let go whom there is none for, ask for more where it helps. False: all is done."""
         most = self._spec.resources.most
         self._todo.extend(islice(self._waiting, max(HELD * most + 1 - len(self._todo), 0)))
+        at_hand = [member for member in self._members if member.ready and member.node not in self._draining]
         for held in range(HELD):  # the emptiest first
-            for member in () if self.stopped else self._members:
-                if self._todo and member.ready and len(member.held) <= held and member.node not in self._draining:
+            for member in () if self.stopped else at_hand:
+                if len(member.held) <= held and takes_another(held, len(self._todo), len(at_hand)):
                     self._hand(member, self._todo.popleft())
         for member in [member for member in self._members if not member.held]:
             if self.stopped or not self._todo or member.node in self._draining:
