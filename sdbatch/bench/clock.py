@@ -64,16 +64,15 @@ def draws(subject: Subject, setting: Setting) -> Draw:
     """How our model makes them."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        with subject.attending():
-            pictures: np.ndarray = subject.generate(
-                prompts,
-                seeds=seeds,
-                width=setting.width,
-                height=setting.height,
-                num_inference_steps=setting.steps,
-                guidance_scale=setting.guidance,
-                sampler=setting.sampler,
-            )
+        pictures: np.ndarray = subject.generate(
+            prompts,
+            seeds=seeds,
+            width=setting.width,
+            height=setting.height,
+            num_inference_steps=setting.steps,
+            guidance_scale=setting.guidance,
+            sampler=setting.sampler,
+        )
         return pictures
 
     return draw

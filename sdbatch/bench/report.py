@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sdbatch.diffusion import SAMPLERS
 from sdbatch.diffusion.float8 import lacking
 from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.weights import DTYPES
-from sdbatch.errors import UsageError
+from sdbatch.errors import JobFailed, UsageError
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,16 @@ Tell = Callable[[str], None]
 def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     """Measure; ``tell`` hears a line for each row as it is done.
 
-    Raises UsageError or ModelError, and in the end JobFailed for what does not pass the gate.
+    Raises UsageError or ModelError, JobFailed for what finds no room, and in the end for what does not pass the gate.
     """
     _check(wanted)
+    try:
+        return _measured(wanted, tell)
+    except torch.OutOfMemoryError:
+        raise JobFailed(f"bench: a batch of {wanted.batch} does not fit the device's memory; lower --batch") from None
+
+
+def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     torch.set_num_threads(wanted.threads)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     checkpoint = checkpoint_of(wanted.model)
@@ -99,6 +107,7 @@ def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     def add(row: Row) -> None:
         found["rows"].append(_told(row, most))
         tell(_line(found["rows"][-1]))
+        _keep(found, wanted.out)  # a bench takes minutes, and may be cut off
 
     if wanted.techniques:
         tried = [technique for technique in TECHNIQUES if wanted.compiles or technique.of != "compiler"]
@@ -117,6 +126,7 @@ def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         sizes = wanted.batches or (wanted.batch,)
         for fight in duel(checkpoint, setting, kept, sizes, max(wanted.runs, 5), compiled=wanted.compiles):
             found["duels"].append(fight.told())
+            _keep(found, wanted.out)
             tell(
                 "batch {batch}: ours {ours:.3f} images/s, diffusers ({recipe}) {theirs:.3f}: "
                 "{ratio:.3f} × ({ratio_from:.3f} to {ratio_to:.3f})".format(**found["duels"][-1])
@@ -128,8 +138,7 @@ def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         found["gate"] = quality.told()
         tell(f"model.fp8, {quality.line()}")
     if wanted.out is not None:
-        wanted.out.mkdir(parents=True, exist_ok=True)
-        (wanted.out / "bench.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        _keep(found, wanted.out)
         (wanted.out / "bench.png").write_bytes(draw_plot(found))
         tell(f"written: {wanted.out / 'bench.json'}, {wanted.out / 'bench.png'}")
     if quality is not None:
@@ -150,6 +159,15 @@ def _check(wanted: Wanted) -> None:
         check_rival(wanted.sampler)
     if wanted.gate and (reason := lacking(wanted.device)):
         raise UsageError(f"bench: --gate: model.fp8 {reason}")
+    if wanted.out is not None and find_spec("matplotlib") is None:
+        raise UsageError("bench: --out: the plot needs Matplotlib: pip install 'sdbatch[training]'")
+
+
+def _keep(found: dict[str, Any], out: Path | None) -> None:
+    """Write what is known so far."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _machine(device: str) -> dict[str, str]:
@@ -178,12 +196,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def draw_plot(found: dict[str, Any]) -> bytes:
-    """A PNG: a bar a row, with its spread. Raises UsageError without Matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("bench: the plot needs Matplotlib: pip install 'sdbatch[training]'") from None
+    """A PNG: a bar a row, with its spread. Needs Matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, and not everybody has it
+    from matplotlib.figure import Figure
+
     rows: Sequence[dict[str, Any]] = [row for row in found["rows"] if not row["lacking"]]
     figure = Figure(figsize=(10, 1.5 + 0.36 * len(rows)), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdbatch.diffusion.conditioning import Conditioning
@@ -26,9 +26,10 @@ class Subject(LatentDiffusion):
     def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
         return super().with_keys_values(conditioning) if self.keys_values_once else conditioning
 
-    def attending(self) -> AbstractContextManager[Any]:
-        """In here attention is computed as ``attention`` says."""
-        return nullcontext() if self.attention is None else sdpa_kernel(self.attention)
+    def denoise(self, z: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        # Around the U-Net alone: heads of the VAE are wider than most kernels can.
+        with nullcontext() if self.attention is None else sdpa_kernel(self.attention):
+            return super().denoise(z, t, conditioning)
 
     def modules_of(self, *kinds: type[nn.Module]) -> list[Any]:
         """The U-Net's parts of some kinds."""

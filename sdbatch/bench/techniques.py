@@ -27,6 +27,7 @@ class Technique:
     apply: Callable[[Subject], None]
     lacking: Callable[[Subject], str | None] = lambda subject: None
     of: str | None = None  # one of several ways to do the same, of which a model can have one
+    coarser: bool = False  # numbers with fewer digits, so that pictures may suffer
 
 
 class FusedAttention(nn.Module):
@@ -115,12 +116,12 @@ TECHNIQUES = (
     Technique("attention: flash", partial(attend_by, Backend.FLASH_ATTENTION), of="attention"),
     Technique("attention: efficient", partial(attend_by, Backend.EFFICIENT_ATTENTION), _without_cuda, of="attention"),
     Technique("attention: cuDNN", partial(attend_by, Backend.CUDNN_ATTENTION), _without_cuda, of="attention"),
-    Technique("VAE in the U-Net's format", vae_as_unet, _vae_is_alike),
+    Technique("VAE in the U-Net's format", vae_as_unet, _vae_is_alike, coarser=True),
     Technique("VAE picture by picture", slice_vae),
     Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler"),
     Technique("compiled as a whole", compile_whole, _without_compiler, of="compiler"),
     Technique("CUDA graphs", partial(compile_whole, mode="reduce-overhead"), _without_cuda, of="compiler"),
-    Technique("float8 linear layers", float8, _without_float8),
+    Technique("float8 linear layers", float8, _without_float8, coarser=True),
 )
 
 
