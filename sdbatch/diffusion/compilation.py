@@ -29,7 +29,11 @@ _MOST_KINDS = 256
 def lacking(device: str) -> str | None:
     """Why blocks can't be compiled for ``device``, cpu or cuda, on this machine; None where they can."""
     if device == "cuda":
-        return None if find_spec("triton") else "needs Triton, which comes with torch's builds for CUDA"
+        if find_spec("triton") is None:
+            return "needs Triton, which comes with torch's builds for CUDA"
+        compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+        found = any(shutil.which(compiler) for compiler in compilers)
+        return None if found else f"needs a C compiler for Triton, and there is no {' or '.join(compilers)}"
     compiler = os.environ.get("CXX") or "g++"
     return None if shutil.which(compiler) else f"needs a C++ compiler, and there is no {compiler}"
 
@@ -41,6 +45,8 @@ def compile_into(folder: Path, threads: int) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     inductor.compile_threads = threads
+    # Kernels are chosen by rule, not by which was faster just then: what is compiled elsewhere computes the same.
+    inductor.deterministic = True
 
 
 def compile_blocks(model: LatentDiffusion) -> None:
@@ -56,15 +62,19 @@ def compile_blocks(model: LatentDiffusion) -> None:
 
 
 def pack(folder: Path) -> bytes:
-    """A tar of what was compiled into ``folder``."""
+    """A tar of what was compiled into ``folder``, where other processes may be at work."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix not in {".lock", ".done", ".partial"}:
-                data = path.read_bytes()
-                info = tarfile.TarInfo(path.relative_to(folder).as_posix())
-                info.size, info.mode = len(data), path.stat().st_mode & 0o700
-                tar.addfile(info, io.BytesIO(data))
+            if path.is_dir() or path.suffix in {".lock", ".done", ".partial"}:
+                continue
+            try:
+                data, mode = path.read_bytes(), path.stat().st_mode
+            except FileNotFoundError:  # a compiler's own, for a moment
+                continue
+            info = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            info.size, info.mode = len(data), mode & 0o700
+            tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 

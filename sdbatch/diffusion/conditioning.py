@@ -49,11 +49,10 @@ class Reading:
     clip_skip: int = 0  # layers of the text encoder to leave out at its end, in prompts but not in negative ones
 
 
-def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+def sent(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device. From pinned memory the copy does not wait for what the device is still at."""
-    if device.type == "cuda":
-        return torch.tensor(values).pin_memory().to(device, non_blocking=True)
-    return torch.tensor(values, device=device)
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def text_states(

@@ -59,7 +59,7 @@ class Decoder:
             for result, copy in zip(results, there, strict=True):
                 result.record_stream(self._copying)
                 copy.copy_(result, non_blocking=True)
-            arrival = _cuda.Event()
+            arrival = _cuda.Event(blocking=True)  # who waits leaves the core to those that encode
             arrival.record(self._copying)
         return Drawn(there[0], there[1], arrival)
 

@@ -250,11 +250,12 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) → pictures (B, 3, H, W), float32 in [0, 1]; what is not finite stays so."""
+        """Latents (B, C, h, w) → pictures (B, 3, H, W), float32 in [0, 1]; NaN where they are not finite."""
         z = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
         parts = self._slices(z)
         pictures = torch.cat([self.vae.decode(part, tiled=self.vae_tiling) for part in parts])
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+        pictures = pictures.float() / 2 + 0.5
+        return torch.where(pictures.isfinite(), pictures.clamp(0, 1), torch.nan)  # clamped, infinite would be white
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, noise: Callable[[], Tensor]) -> Tensor:
@@ -377,13 +378,14 @@ class LatentDiffusion:
         if taken < 1:
             raise UsageError(f"generate: strength {strength:g} of {count} steps leaves no step to take")
         steps = steps_of(sampler, self.schedule, count, taken)
-        images = checked_pixels(init_images, batch, size, "init_images", 4).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = sent(checked_pixels(init_images, batch, size, "init_images", 4), self.device)
+        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         if mask_images is None:
             known, fresh = self.encode_images(images, noise), noise()
             return steps[0].alpha * known + steps[0].sigma * fresh, steps, Painting()
-        pixels = checked_pixels(mask_images, batch, size, "mask_images", 3)[:, None].float()
+        painted = sent(checked_pixels(mask_images, batch, size, "mask_images", 3), self.device)[:, None].float()
         factor = self.vae.config.downscale
-        mask = F.interpolate(pixels, size=(size[1] // factor, size[0] // factor)).to(self.device)
+        mask = F.interpolate(painted, size=(size[1] // factor, size[0] // factor))
         whole = taken == count  # repainting wholly starts from pure noise
         seen = None if whole and repaints else self.encode_images(images, noise)
         fresh = noise()
@@ -391,7 +393,7 @@ class LatentDiffusion:
         if not whole and seen is not None:
             start = steps[0].alpha * seen + steps[0].sigma * fresh
         if repaints:
-            masked = self.encode_images(images * (1 - pixels), noise)
+            masked = self.encode_images(images * (1 - painted), noise)
             return start, steps, Painting(beside=torch.cat([mask, masked], dim=1))
         return start, steps, Painting(mask=mask, known=seen, noise=fresh)
 

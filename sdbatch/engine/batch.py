@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -45,12 +46,22 @@ class NotFinite(Refused):
 
 Result = Made | Refused
 
+#: Seconds in which a thread notes which batch the device failed at.
+_GRACE = 2.0
+
 
 @dataclass(frozen=True)
 class Coming:
     """A picture that is on its way from the device. ``result`` waits for it, and raises what happened to the device."""
 
     result: Callable[[], Result]
+
+
+def end_process() -> NoReturn:
+    """End this process, whose device failed. What failed may be the batch before, which the thread that waits for it
+    tells the logbook: it goes first."""
+    time.sleep(_GRACE)
+    os._exit(1)
 
 
 def arrived(results: Mapping[int, Result | Coming]) -> dict[int, Result]:
@@ -126,7 +137,7 @@ class BatchMaker:
     def _device_failed(self, error: Exception, slots: Sequence[Slot | None]) -> JobFailed:
         """The device's fault, not a request's. After any but a lack of memory only a new process gets it back."""
         if not isinstance(error, self._model.memory_errors):
-            os._exit(1)
+            end_process()
         lead = next(slot.request for slot in slots if slot is not None)
         takes, limit = footprint(self._spec, lead.width, lead.height), device_bytes(self._spec.resources)
         return JobFailed(too_large(len(slots), lead.width, lead.height, takes, limit or 0))

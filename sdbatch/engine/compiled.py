@@ -119,9 +119,10 @@ class CompiledCode:
         data = pack(self.folder)
         sha256 = hashlib.sha256(data).hexdigest()
         try:
-            return sha256 if self._store.put_if_absent(self._at(sha256), data) else ""
+            self._store.put_if_absent(self._at(sha256), data)  # what is there by this name already is the same
         except StorageError:
             return ""
+        return sha256
 
     def _at(self, sha256: str) -> str:
         return f"_sdbatch/compiled/{self._key}/{sha256}.tar"

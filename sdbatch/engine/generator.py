@@ -24,7 +24,7 @@ import ray
 
 from sdbatch import __version__
 from sdbatch.checks import Looks
-from sdbatch.engine.batch import BatchMaker, Coming, Refused, Result, arrived
+from sdbatch.engine.batch import BatchMaker, Coming, Refused, Result, arrived, end_process
 from sdbatch.engine.choosing import Choice, Chooser, Draw
 from sdbatch.engine.finishers import Finishers
 from sdbatch.engine.image_model import ImageModel
@@ -33,7 +33,7 @@ from sdbatch.engine.metrics import ActorMetrics
 from sdbatch.engine.models import load_job_measures, load_model
 from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.engine.speeds import Measured, shape_of
-from sdbatch.errors import ModelError
+from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import DROPPED, Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts
 from sdbatch.outputs import EncodedPicture, Signer, check_columns, checked_columns, encode, pixels_sum
@@ -77,6 +77,7 @@ class Generator:
         self._model_turn = threading.Lock()
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._finishers = Finishers()
+        self._newest: list[Future[dict[int, Ended]]] = []  # the last batch of all: it may still be on the device
 
     def load(self) -> dict[str, str]:
         """Load the model; returns the environment that pictures depend on."""
@@ -147,7 +148,8 @@ class Generator:
                 }
                 if batch:
                     # What is made so far shall outlive the death that may come, and never pile up.
-                    wait(finishing if attempts.suspect(first, batch) else finishing[: -self._finishers.room])
+                    suspect = attempts.suspect(first, batch)
+                    wait([*finishing, *self._newest] if suspect else finishing[: -self._finishers.room])
                     began = time.perf_counter()
                     draw = partial(self._make_marked, shard, attempts, first)
                     made = self._model_thread.submit(self._choose, first, batch, draw, looks, since).result()
@@ -162,6 +164,7 @@ class Generator:
                     finishing.append(
                         self._finishers.submit(making, self._finish, shard, batch, made.results, last, turn)
                     )
+                    self._newest = finishing[-1:]
                     measured = measured.plus(self._took(shape_of(shard), time.perf_counter() - turn))
                 self._made += len(requests[first : first + size])
             self._pen.at(None)
@@ -267,8 +270,12 @@ class Generator:
             if self._chooser is None:
                 return Choice(draw(batch), draws=1, seconds=0.0)
             return self._chooser.choose(first, batch, draw, looks, since)
+        except self.model.memory_errors:  # a batch that does not fit is told by its maker
+            raise JobFailed(
+                "checks: their models find no room on the device beside a batch; lower resources.batch_size"
+            ) from None
         except self.model.device_errors:  # of a picture that was waited for
-            os._exit(1)
+            end_process()
 
     def _make_marked(
         self, shard: Shard, attempts: Attempts, first: int, batch: Mapping[int, ImageRequest]

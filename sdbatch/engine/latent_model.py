@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -44,10 +46,18 @@ _MOST_TOLD = 300
 _KEPT_TEXTS = 256
 
 
+#: How errors of the libraries on a GPU begin, or what they contain; torch has no type of their own for them.
+_LIBRARIES = re.compile(r"CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|CUDA error|Triton Error")
+
+
+class DeviceFailed(RuntimeError):
+    """What a library on the device said, which no request is to blame for."""
+
+
 class LatentModel:
     """A latent diffusion model on the job's device. One thread makes it and draws with it."""
 
-    device_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError, torch.AcceleratorError)
+    device_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError, torch.AcceleratorError, DeviceFailed)
     memory_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 
     def __init__(
@@ -61,29 +71,32 @@ class LatentModel:
 
         Raises ModelError.
         """
-        check_computing(model, resources.device)
-        # Without it what cuBLAS computes may depend on what other streams do at the time.
+        # Before anything is multiplied: without it what cuBLAS computes may depend on what other streams do.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        check_computing(model, resources.device)
         # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
         torch.set_num_threads(resources.cpus_per_actor)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         added = _adaptations(model)
-        self._model = LatentDiffusion.from_pretrained(
-            model.uri,
-            resources.device,
-            model.dtype,
-            tokenizer=model.tokenizer,
-            prediction_type=model.prediction_type,
-            timestep_spacing=model.timestep_spacing,
-            adaptations=added,
-        )
+        checkpoint = open_checkpoint(model.uri, model.tokenizer, model.prediction_type, added, model.timestep_spacing)
+        with ThreadPoolExecutor(1) as beside:  # gigabytes of weights are read once, for both
+            sha256 = beside.submit(_sha256, checkpoint, added)
+            self._model = LatentDiffusion.from_pretrained(
+                model.uri,
+                resources.device,
+                model.dtype,
+                tokenizer=model.tokenizer,
+                prediction_type=model.prediction_type,
+                timestep_spacing=model.timestep_spacing,
+                adaptations=added,
+            )
+            self.sha256 = sha256.result()
         self._model.vae_tiling, self._model.vae_slicing = model.vae_tiling, model.vae_slicing
         self._model.offload_text_encoders = model.offload_text_encoders
         self._model.keeps_texts = _KEPT_TEXTS
         self._settings = settings
         self._reading = Reading(settings.long_prompts, settings.emphasis, settings.clip_skip)
-        self.sha256 = _sha256(self._model.checkpoint, added)
         self.mask_cell = self._model.vae.config.downscale
         on_gpu = resources.device == "cuda"
         self.environment = {
@@ -110,6 +123,16 @@ class LatentModel:
         self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
     ) -> Drawn:
         """See ``ImageModel``. Empty slots are drawn too, so that every batch of a shape computes the same."""
+        try:
+            return self._drawn_with_code(requests, pictures, masks)
+        except RuntimeError as error:
+            if _LIBRARIES.search(str(error)) and not isinstance(error, self.device_errors):
+                raise DeviceFailed(str(error)) from error
+            raise
+
+    def _drawn_with_code(
+        self, requests: Sequence[ImageRequest | None], pictures: np.ndarray | None, masks: np.ndarray | None
+    ) -> Drawn:
         lead = next(request for request in requests if request is not None)
         if self._code is None:
             return self._drawn(lead, requests, pictures, masks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sdbatch.engine.finishers import Finishers, threads_needed
 from sdbatch.engine.image_model import DrawnAtOnce
 from sdbatch.engine.logbook import Mark, Pen
 from sdbatch.engine.models import footprint
+from sdbatch.ledger.attempts import UNTRIED
 from tests.engine.test_generator import Planned
 
 NULL = {"uri": "builtin:null"}
@@ -101,6 +102,44 @@ def test_a_device_that_fails_on_the_way_is_held_against_that_batch(
     assert Notes.marks[-1] == Mark("0000000", 3, alone=False), "not the one that the model was at by then"
 
 
+def test_a_request_alone_waits_for_what_is_still_on_the_device(tmp_path: Path) -> None:
+    planned, marks = Planned(tmp_path, model=NULL), list[Mark | None]()
+
+    class Notes(Pen):
+        def at(self, mark: Mark | None) -> None:
+            marks.append(mark)
+
+    generator = planned.generator(Notes())
+    of_another_shard = Future[dict[int, Any]]()
+    generator._newest = [of_another_shard]
+    twice = UNTRIED.after(0, False, "a crash").after(0, False, "a crash")
+    with ThreadPoolExecutor(1) as pool:
+        receipt = pool.submit(generator.run_shard, planned.shard, twice)
+        time.sleep(0.2)
+        assert marks == [], "it might be blamed for the other's end"
+        of_another_shard.set_result({})
+        assert receipt.result().committed == 7
+    assert marks[0] == Mark("0000000", 0, alone=True)
+
+
+@pytest.mark.parametrize("told", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: x"])
+def test_what_a_library_on_the_device_says_is_no_requests_fault(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **how: Any) -> None:
+        raise RuntimeError(told)
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(LatentDiffusion, "generate", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("sdbatch.engine.batch._GRACE", 0.0)
+    planned = Planned(tmp_path)
+    with pytest.raises(SystemExit):
+        planned.generator().run_shard(planned.shard)
+
+
 def test_decoding_gives_the_pixels_of_generate() -> None:
     model = LatentDiffusion.from_pretrained("builtin:shapes")
     how: dict[str, Any] = {"seeds": [1, 2], "num_inference_steps": 2}
@@ -109,8 +148,10 @@ def test_decoding_gives_the_pixels_of_generate() -> None:
     assert drawn.there
     assert finite == [True, True]
     assert (pixels == model.generate(["a ring", "a red star"], **how)).all()
-    broken = Decoder(model)(torch.full((1, model.vae.config.latent_channels, 16, 16), torch.nan))
-    assert broken.wait()[1] == [False]
+    broken = torch.full((1, model.vae.config.latent_channels, 16, 16), torch.nan)
+    assert Decoder(model)(broken).wait()[1] == [False]
+    model.vae.decode = lambda z, tiled: torch.tensor([1.0, torch.inf])[:, None, None, None].expand(2, 3, 64, 64)  # type: ignore[method-assign]
+    assert Decoder(model)(broken).wait()[1] == [True, False], "infinite is not white"
 
 
 def test_a_gpu_has_to_hold_both_batches(tmp_path: Path) -> None:
