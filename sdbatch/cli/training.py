@@ -34,7 +34,10 @@ Accumulate = Annotated[int, typer.Option(min=1, help="Batches whose gradients ma
 def train(
     folder: Folder,
     seed: Seed = _RECIPE.seed,
-    workers: Workers = _RECIPE.workers,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"As of finetune; {_RECIPE.workers} when left out, on a GPU 1."),
+    ] = None,
     device: On = Device.cpu,
     pictures: Annotated[int, typer.Option(min=128, help="Pictures in the training set.")] = _RECIPE.pictures,
     vae_steps: Annotated[int, typer.Option(min=1, help="Steps of the VAE.")] = _RECIPE.vae_steps,
@@ -49,6 +52,7 @@ def train(
     """
     from sdbatch.training import trainer  # torch takes seconds to import
 
+    workers = workers or (1 if device is Device.cuda else _RECIPE.workers)
     recipe = Recipe(
         seed=seed,
         workers=workers,
@@ -128,26 +132,27 @@ def finetune(
     with _crew(folder, workers, device), _progress("fine-tuning") as progress:
         result = finetuning.run(recipe, model, pictures, folder, progress)
     tell(f"[green]✓[/] fine-tuned: {escape(str(result))}")
-    use = f"model: {{uri: {result}}}" if full else f"model: {{uri: {model}, loras: [{{uri: {result}}}]}}"
+    named = {"uri": model, "tokenizer": tokenizer, "prediction_type": prediction_type}
+    base = ", ".join(f"{field}: {value}" for field, value in named.items() if value is not None)
+    use = f"model: {{uri: {result}}}" if full else f"model: {{{base}, loras: [{{uri: {result}}}]}}"
     facts({"samples": escape(str(folder / "samples")), "use it": escape(use)})
 
 
 @contextmanager
 def _crew(folder: Path, workers: int, device: Device) -> Iterator[None]:
-    """A folder to train in, and Ray where several workers need it."""
+    """What trains into a folder: Ray where several workers need it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}") from None
-    if workers == 1:
-        yield
-        return
-    from sdbatch.engine.cluster import check_capacity, ray_session
+        if workers == 1:
+            yield
+            return
+        from sdbatch.engine.cluster import check_capacity, ray_session
 
-    resources = Resources(actors=workers, gpus_per_actor=1 if device is Device.cuda else 0)
-    with ray_session(resources):
-        check_capacity(resources)
-        yield
+        resources = Resources(actors=workers, gpus_per_actor=1 if device is Device.cuda else 0)
+        with ray_session(resources):
+            check_capacity(resources)
+            yield
+    except OSError as error:  # no right to write, no room
+        raise OutputError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 @contextmanager

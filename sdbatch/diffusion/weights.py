@@ -165,7 +165,7 @@ def assign(module: nn.Module, weights: Weights, origins: Origins, device: str, d
     """
     state = {}
     for key, blank in module.state_dict().items():
-        value = weights.tensor(origins[key]).to(device=device, dtype=dtype)
+        value = weights.tensor(origins[key]).to(device).to(dtype)  # a GPU converts sooner than a thread
         state[key] = value.reshape(blank.shape)
     module.load_state_dict(state, assign=True)
     module.eval().requires_grad_(False)
@@ -186,6 +186,9 @@ def write(
     stored = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
     part = path.with_name(f".{path.name}.part")
     safetensors.torch.save_file(stored, part, metadata=dict(metadata))
+    masked = os.umask(0o077)
+    os.umask(masked)
+    part.chmod(0o666 & ~masked)  # as any file; safetensors makes them this user's alone
     os.replace(part, path)
 
 

@@ -33,16 +33,18 @@ PROMPTS = "prompts.parquet"
 RESULTS = {"rates": "fidelity.json", "tables": "fidelity.md", "plot": "fidelity.png", "pictures": "sheet.png"}
 _TEMPLATE = Path(__file__).with_name("job.yaml")
 
-#: Fields that ``--set`` can't change, and what does.
+#: Fields that ``--set`` can't change, and what to do.
 _ELSEWHERE = {
-    "generate.sampler": "--sampler",
-    "generate.num_inference_steps": "--steps",
-    "generate.guidance_scale": "--guidance",
-    "generate.seed": "--seed",
-    "generate.num_images_per_prompt": "--prompts-per-cell",
-    "input.uri": "--prompts-per-cell and --seed",
-    "model.uri": "MODEL",
-    "output.uri": "OUTPUT",
+    "generate.sampler": "say it by --sampler",
+    "generate.num_inference_steps": "say it by --steps",
+    "generate.guidance_scale": "say it by --guidance",
+    "generate.seed": "say it by --seed",
+    "generate.num_images_per_prompt": "say it by --prompts-per-cell",
+    "input.columns": "leave it out: the evaluation has columns of its own",
+    "input.keep": "leave it out: the evaluation has columns of its own",
+    "input.uri": "say it by --prompts-per-cell and --seed",
+    "model.uri": "say it by MODEL",
+    "output.uri": "say it by OUTPUT",
 }
 
 
@@ -70,8 +72,9 @@ def prepare(
         raise UsageError(f"MODEL: {NULL} reads no prompts; there is nothing to evaluate")
     for override in overrides:
         field = override.partition("=")[0].strip()
-        if field in _ELSEWHERE:
-            raise UsageError(f"--set {field}: say it by {_ELSEWHERE[field]}")
+        for fixed, instead in _ELSEWHERE.items():
+            if field == fixed or field.startswith(f"{fixed}."):
+                raise UsageError(f"--set {field}: {instead}")
     try:
         store = open_store(output)
         made = find_job(open_store(f"{store.uri}/pictures"))

@@ -104,9 +104,8 @@ def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Prog
     words.shutdown()
     if failed:
         causes = getattr(failed[0], "worker_failures", {}).values()
-        raise next((cause for cause in causes if isinstance(cause, SdbatchError)), None) or JobFailed(
-            f"the training ended: {failed[0]}"
-        ) from failed[0]
+        ours = (cause for cause in causes if isinstance(cause, SdbatchError | torch.OutOfMemoryError))
+        raise next(ours, None) or JobFailed(f"the training ended: {failed[0]}") from failed[0]
 
 
 def _check_shared(work: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,8 @@ def run(recipe: FineTuning, model: str, pictures: Path, work: Path, progress: Pr
     """
     # Workers have folders of their own, where relative paths would lead elsewhere.
     work, pictures, model = work.absolute(), pictures.absolute(), _absolute(model)
+    if recipe.tokenizer is not None:
+        recipe = replace(recipe, tokenizer=_absolute(recipe.tokenizer))
     if work.is_relative_to(pictures):
         raise UsageError(f"{work} lies within the pictures, and so would its samples; name another folder")
     examples = read_captioned(pictures)

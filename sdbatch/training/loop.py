@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ def in_shares(folder: Path, count: int, make: Callable[[slice], dict[str, Tensor
         store(files[rank()], make(slice(count * rank() // workers(), count * (rank() + 1) // workers())))
     if dist.is_initialized():
         dist.barrier()
-    parts = [safetensors.torch.load_file(path) for path in files]
+    parts = [stored(path) for path in files]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -187,13 +188,21 @@ def store(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial.replace(path)
 
 
+def stored(path: Path) -> dict[str, Tensor]:
+    """What such a file holds. Raises ModelError where it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{path} is damaged: {error}; remove it, and the same command makes it anew") from None
+
+
 def _restore(
     path: Path,
     parameters: Mapping[str, nn.Parameter],
     averaged: Mapping[str, Tensor] | None,
     optimizer: torch.optim.AdamW,
 ) -> int:
-    tensors = safetensors.torch.load_file(path)
+    tensors = stored(path)
     step = int(tensors["step"])
     shapes = {key.removeprefix("parameter."): tensors[key].shape for key in tensors if key.startswith("parameter.")}
     if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
@@ -205,7 +214,8 @@ def _restore(
                 averaged[name].copy_(tensors[f"averaged.{name}"])
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
-                "exp_avg": tensors[f"moment1.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"moment2.{name}"].to(parameter.device),
+                # In the parameter's own layout, which the fused optimizer insists on; files keep none.
+                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"moment1.{name}"]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"moment2.{name}"]),
             }
     return step

@@ -390,3 +390,9 @@ def test_converted_weights_are_the_stored_numbers_and_can_be_saved_again(model_f
     assert_equal(ours(tmp_path / "half"), expected)
     model.save_pretrained(tmp_path / "full")
     assert_equal(ours(tmp_path / "full"), expected)
+
+
+def test_stored_weights_are_for_whom_files_are(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, torch.float16)
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "file").stat().st_mode

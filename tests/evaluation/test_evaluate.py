@@ -90,6 +90,7 @@ def test_results_can_lie_in_a_bucket(sdbatch: CommandLine, bucket: str) -> None:
         (("--steps", "0"), "generate.num_inference_steps"),
         (("--guidance", "-1"), "generate.guidance_scale"),
         (("--set", "generate.sampler=euler"), "--sampler"),
+        (("--set", "input.columns.id=x"), "leave it out"),
         (("--set", "resources.actrs=1"), "did you mean 'actors'"),
     ],
 )

@@ -17,7 +17,7 @@ from sdbatch.diffusion.clip import CLIP
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.vae import VAE
 from sdbatch.errors import ModelError
-from sdbatch.training import Recipe, trainer
+from sdbatch.training import Recipe, loop, trainer
 from sdbatch.training.architecture import SCHEDULE, VAE_CONFIG
 from sdbatch.training.autoencoder import normalise_latents, picture_batch
 from sdbatch.training.drawn import DrawnExamples, encode_scenes, training_scenes, word_swap
@@ -174,6 +174,29 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
     other = nn.Linear(2, 2)
     with pytest.raises(ModelError, match=r"x\.safetensors is the state of another training"):
         train(other, lambda rng: other(torch.ones(2)).sum(), plan, tmp_path, lambda step: None)
+
+
+def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """The fused optimizer refuses others on a GPU, where the U-Net's channels come last."""
+    network = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    optimizer, again = (torch.optim.AdamW(network.parameters(), fused=True) for _ in range(2))
+    network(torch.randn(1, 4, 8, 8)).sum().backward()
+    optimizer.step()
+    parameters = dict(network.named_parameters())
+    loop._save(tmp_path / "x.safetensors", 1, parameters, None, optimizer)
+    loop._restore(tmp_path / "x.safetensors", parameters, None, again)
+    for name in ("exp_avg", "exp_avg_sq"):
+        before, after = optimizer.state[network.weight][name], again.state[network.weight][name]
+        assert torch.equal(before, after)
+        assert after.stride() == network.weight.stride()
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    plan = Plan("x", steps=2, learning_rate=0.1, warmup=1, seed=0, checkpoint_every=1)
+    learn(plan, tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"x\.safetensors is damaged: .* remove it"):
+        learn(plan, tmp_path)
 
 
 # -- what is learnt --------------------------------------------------------------------------------------------
