@@ -39,9 +39,10 @@ Json = dict[str, Any]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """One of pytest's workers does all that takes a Ray: two at once bring a machine of two cores to a halt."""
-    takes_ray = item.get_closest_marker("takes_ray") or {"ray_here", "shell"} & set(getattr(item, "fixturenames", ()))
-    item.add_marker(pytest.mark.xdist_group("ray" if takes_ray else item.nodeid.partition("::")[0]))
+    """Tests that share a Ray stay on one of pytest's workers, as do those that start their own: never more than two."""
+    names = set(getattr(item, "fixturenames", ()))
+    group = "own ray" if "shell" in names else "ray" if "ray_here" in names else item.nodeid.partition("::")[0]
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass(frozen=True)
