@@ -24,6 +24,11 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Prediction(StrEnum):
+    v_prediction = "v_prediction"
+    epsilon = "epsilon"
+
+
 Folder = Annotated[Path, typer.Argument(help="Where the training keeps its state and leaves its result.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; more than one are placed by Ray Train.")]
@@ -44,6 +49,9 @@ def train(
     clip_steps: Annotated[int, typer.Option(min=1, help="Steps of the CLIP.")] = _RECIPE.clip_steps,
     steps: Annotated[int, typer.Option(min=1, help="Steps of text encoder and U-Net.")] = _RECIPE.steps,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a worker and batch.")] = _RECIPE.batch,
+    prediction_type: Annotated[
+        Prediction, typer.Option(help="What the U-Net learns to say.")
+    ] = Prediction.v_prediction,
     accumulate: Accumulate = _RECIPE.accumulate,
 ) -> None:
     """Train a text-to-image model from nothing on drawn shapes; the same command resumes.
@@ -62,6 +70,7 @@ def train(
         clip_steps=clip_steps,
         steps=steps,
         batch=batch,
+        prediction_type=prediction_type.value,
         accumulate=accumulate,
     )
     with _crew(folder, workers, device), _progress("training") as progress:

@@ -12,13 +12,6 @@ from sdbatch.diffusion.vae import VAEConfig
 
 MAX_TOKENS = 32  # the longest caption has 24
 
-SCHEDULE = NoiseSchedule(
-    prediction_type="v_prediction",
-    rescale_betas_zero_snr=True,
-    timestep_spacing="trailing",
-    steps_offset=1,
-    set_alpha_to_one=True,
-)
 VAE_CONFIG = VAEConfig(
     block_out_channels=(16, 32, 64),
     layers_per_block=1,
@@ -45,6 +38,17 @@ IMAGE_CONFIG = ImageEncoderConfig(
 )
 PROJECTION_DIM = 64
 PREPROCESSING = Preprocessing(64, 64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def noise_schedule(prediction_type: str) -> NoiseSchedule:
+    """Down to pure noise (Lin et al. 2024) where v is said; of pure noise ε would say nothing about the picture."""
+    return NoiseSchedule(
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type == "v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+        set_alpha_to_one=True,
+    )
 
 
 def text_config(vocab_size: int) -> TextEncoderConfig:

@@ -52,7 +52,7 @@ def together_with(workers: int, device: str, work: Path, task: Task, progress: P
 
 def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Progress) -> None:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
@@ -75,24 +75,28 @@ def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Prog
     # On one machine the loopback can be reached whatever the machine's own name resolves to.
     single = len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
     environment = {"env_vars": {"GLOO_SOCKET_IFNAME": "lo"}} if single else None
-    trainer = TorchTrainer(
-        loop,
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=str(work),
-            failure_config=FailureConfig(max_failures=_DEATHS),
-            worker_runtime_env=environment,  # type: ignore[call-arg]
-        ),
-    )
     failed: list[Exception] = []
 
     def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            failed.append(error)
+        for _ in range(_DEATHS + 1):
+            trainer = TorchTrainer(
+                loop,
+                torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
+                run_config=RunConfig(
+                    name="ray",
+                    storage_path=str(work),
+                    worker_runtime_env=environment,  # type: ignore[call-arg]
+                ),
+            )
+            failed.clear()
+            try:
+                trainer.fit()
+                return
+            except Exception as error:
+                failed.append(error)
+                if _cause(error) is not None:  # the same would come of it again
+                    return
 
     # Signals reach the main thread, which is ours: in it Ray Train would take them for itself.
     fitting = threading.Thread(target=fit, daemon=True)
@@ -103,9 +107,13 @@ def _under_ray(workers: int, device: str, work: Path, task: Task, progress: Prog
         time.sleep(_SECONDS_BETWEEN_WORDS)
     words.shutdown()
     if failed:
-        causes = getattr(failed[0], "worker_failures", {}).values()
-        ours = (cause for cause in causes if isinstance(cause, SdbatchError | torch.OutOfMemoryError))
-        raise next(ours, None) or JobFailed(f"the training ended: {failed[0]}") from failed[0]
+        raise _cause(failed[0]) or JobFailed(f"the training ended: {failed[0]}") from failed[0]
+
+
+def _cause(error: Exception) -> Exception | None:
+    """What a worker said itself, if that is why the training ended."""
+    causes = getattr(error, "worker_failures", {}).values()
+    return next((cause for cause in causes if isinstance(cause, SdbatchError | torch.OutOfMemoryError)), None)
 
 
 def _check_shared(work: Path) -> None:

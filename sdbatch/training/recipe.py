@@ -52,6 +52,7 @@ class Recipe:
     pictures: int = 60_000  # in the denoiser's training set; captions are said anew at each visit
     steps: int = 7_000
     batch: int = 32  # a worker
+    prediction_type: str = "v_prediction"  # what the U-Net learns to say; or "epsilon"
     learning_rate: float = 1.2e-3
     caption_dropout: float = 0.1
     thing_weight: float = 5.0  # loss weight where a thing is, against 1 on the background

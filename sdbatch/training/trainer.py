@@ -21,7 +21,14 @@ from sdbatch.diffusion.pipeline import LatentDiffusion
 from sdbatch.diffusion.text_encoder import TextEncoder
 from sdbatch.diffusion.unet import UNet
 from sdbatch.diffusion.vae import VAE
-from sdbatch.training.architecture import MAX_TOKENS, SCHEDULE, UNET_CONFIG, VAE_CONFIG, start_gently, text_config
+from sdbatch.training.architecture import (
+    MAX_TOKENS,
+    UNET_CONFIG,
+    VAE_CONFIG,
+    noise_schedule,
+    start_gently,
+    text_config,
+)
 from sdbatch.training.autoencoder import normalise_latents, train_vae
 from sdbatch.training.captions import caption, vocabulary
 from sdbatch.training.crew import check_device, together_with
@@ -87,7 +94,7 @@ def _all_stages(recipe: Recipe, work: Path, progress: Progress) -> None:
         vae=unstored("vae", vae),
         text_encoders=(unstored("text_encoder", text_encoder),),
         tokenizers=(tokenizer,),
-        schedule=SCHEDULE,
+        schedule=noise_schedule(recipe.prediction_type),
     )
     model = LatentDiffusion(checkpoint, [text_encoder.to(recipe.device)], unet.to(recipe.device), vae)
     chance = draws(recipe.seed, "samples")

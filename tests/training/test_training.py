@@ -18,7 +18,7 @@ from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.vae import VAE
 from sdbatch.errors import ModelError
 from sdbatch.training import Recipe, loop, trainer
-from sdbatch.training.architecture import SCHEDULE, VAE_CONFIG
+from sdbatch.training.architecture import VAE_CONFIG, noise_schedule
 from sdbatch.training.autoencoder import normalise_latents, picture_batch
 from sdbatch.training.drawn import DrawnExamples, encode_scenes, training_scenes, word_swap
 from sdbatch.training.loop import Step, draws, train
@@ -84,6 +84,14 @@ def test_a_training_leaves_a_model_a_scorer_samples_and_curves(whole: Path) -> N
     curves.Reload()
     assert "word swap/colour" in curves.Tags()["scalars"]
     assert curves.Tags()["images"] == ["samples"]
+
+
+def test_a_network_may_learn_to_say_epsilon(tmp_path: Path) -> None:
+    trainer.run(dataclasses.replace(TINY, prediction_type="epsilon", steps=1), tmp_path, silent)
+    model = LatentDiffusion.from_pretrained(tmp_path / "model")
+    assert model.schedule.prediction_type == "epsilon"
+    assert float(model.schedule.alphas_cumprod[-1]) > 0
+    assert model.generate(["a red circle"], seeds=[1], num_inference_steps=2, output="latent").isfinite().all()
 
 
 def test_workers_under_ray_train_one_model_also_when_one_dies(
@@ -243,7 +251,7 @@ def test_min_snr_weighs_the_error_in_the_latents_by_the_bounded_snr(kind: str) -
 
 
 def test_timesteps_are_stratified_and_lean_to_high_noise() -> None:
-    steps = Objective(timestep_exponent=0.75).timesteps(draws(0), 64, SCHEDULE)
+    steps = Objective(timestep_exponent=0.75).timesteps(draws(0), 64, noise_schedule("v_prediction"))
     assert (steps.diff() >= 0).all()
     assert 0 <= steps[0] < 60
     assert steps.float().mean() > 550
