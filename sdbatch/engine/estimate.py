@@ -7,11 +7,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 
+from sdbatch.engine.handing import HELD, takes_another
 from sdbatch.engine.speeds import Measured, Speeds
 from sdbatch.ledger import Shards
 from sdbatch.prompts import Shape
@@ -127,29 +127,34 @@ def estimate(shards: Shards, batch_size: int, resources: Resources, speeds: Spee
 def through(seconds: Sequence[float], kinds: Sequence[int], warm_ups: Sequence[float], actors: int) -> list[float]:
     """When each of the actors is through, if all begin at 0: shards are handed out as the pool does, and never divided.
 
-    An actor holds two shards, one in work and one that waits; who ends one gets the next. Its first batch of each
-    shape's kind takes a warm-up more.
+    An actor has a shard in work, and others wait beside it. Its first batch of each shape's kind takes a warm-up more.
     """
     actors = min(actors, len(seconds))
-    held = [deque[int]() for _ in range(actors)]
+    waiting = [deque[int]() for _ in range(actors)]
     warm = [set[int]() for _ in range(actors)]
-    todo = iter(range(len(seconds)))
+    todo = deque(range(len(seconds)))
     ends, running = [0.0] * actors, list[tuple[float, int]]()
 
     def begin(actor: int, now: float) -> None:
-        shard = held[actor].popleft()
+        shard = waiting[actor].popleft()
         extra = 0.0 if kinds[shard] in warm[actor] else warm_ups[kinds[shard]]
         warm[actor].add(kinds[shard])
         heapq.heappush(running, (now + seconds[shard] + extra, actor))
 
-    for actor, shard in zip(2 * list(range(actors)), todo, strict=False):  # in this order: zip drops what it can't pair
-        held[actor].append(shard)
+    def hand(actor: int, held: int) -> None:
+        if len(waiting[actor]) <= held and takes_another(held, len(todo), actors):
+            waiting[actor].append(todo.popleft())
+
+    for held in range(HELD):
+        for actor in range(actors):
+            hand(actor, held)
     for actor in range(actors):
         begin(actor, 0.0)
     while running:
         now, actor = heapq.heappop(running)
         ends[actor] = now
-        held[actor].extend(islice(todo, 1))
-        if held[actor]:
+        for held in range(HELD):
+            hand(actor, held)
+        if waiting[actor]:
             begin(actor, now)
     return ends

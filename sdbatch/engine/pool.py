@@ -24,6 +24,7 @@ from sdbatch.engine.compiled import keep_code, known_code
 from sdbatch.engine.deaths import Death, inquire
 from sdbatch.engine.estimate import Purse
 from sdbatch.engine.generator import Generator, Receipt
+from sdbatch.engine.handing import HELD, takes_another
 from sdbatch.engine.logbook import Mark, Pen, open_logbook
 from sdbatch.errors import JobFailed, SdbatchError
 from sdbatch.ledger import Job, Shard
@@ -31,8 +32,6 @@ from sdbatch.ledger.attempts import UNTRIED, Attempts, put_attempts, read_attemp
 from sdbatch.spec import JobSpec
 from sdbatch.storage import open_store
 
-#: Shards an actor holds at once: one with the model, one being stored.
-HELD = 2
 #: Seconds between two looks at how far the actors are.
 _POLL = 1.0
 #: Deaths in a row at one place, with nothing done anywhere between them, that end the job: while the model is
@@ -76,12 +75,6 @@ class Worker:
     state: str
     images: int
     shards: tuple[int, ...]  # that it holds
-
-
-def takes_another(held: int, todo: int, actors: int) -> bool:
-    """Does who holds so many shards get one more of those ``todo``? One to wait beside another only while there is one
-    left for each other actor: at a job's end shards go to whom is free, and wait at nobody while others are idle."""
-    return todo > 0 if held == 0 else todo >= actors
 
 
 class Pool:

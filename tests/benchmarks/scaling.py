@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
-from sdbatch.engine.pool import HELD
+from sdbatch.engine.handing import HELD
 
 ACTORS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 MEASURED = (1, 2, 4, 8)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdbatch.engine.pool import HELD
+from sdbatch.engine.handing import HELD
 from sdbatch.ledger import Shard
 from sdbatch.storage import LocalStore
 from tests.benchmarks.planned import generator, plan

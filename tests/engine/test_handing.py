@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdbatch.engine.pool import HELD, takes_another
+from sdbatch.engine.handing import HELD, takes_another
 
 
 def ending(seconds: list[float], shards: int) -> float:
