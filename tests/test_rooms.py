@@ -46,6 +46,13 @@ MAY_IMPORT = {
         "evaluation",
     },
 }
+#: Rooms within the engine → which of them, and of what lies beside them, they may import.
+WITHIN_ENGINE = {
+    "models": {"models"},
+    "planning": {"planning", "models"},
+    "costs": {"costs", "handing"},
+    "making": {"making", "planning", "models", "costs", "cluster", "handing"},
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in MAY_IMPORT)
 
 
@@ -66,6 +73,13 @@ def test_imports_go_one_way(path: Path) -> None:
     rooms = {name.split(".")[1] for name in imports(path) if name.startswith("sdbatch.")}
     used = {name for name in rooms if name in MAY_IMPORT} - {room}
     assert used <= MAY_IMPORT[room], f"{room} imports {sorted(used - MAY_IMPORT[room])}"
+
+
+@pytest.mark.parametrize("room", WITHIN_ENGINE)
+def test_so_they_do_within_the_engine(room: str) -> None:
+    for path in (PACKAGE / "engine" / room).rglob("*.py"):
+        used = {name.split(".")[2] for name in imports(path) if name.startswith("sdbatch.engine.")}
+        assert used <= WITHIN_ENGINE[room], f"{path} imports {sorted(used - WITHIN_ENGINE[room])}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

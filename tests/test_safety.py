@@ -29,7 +29,7 @@ from PIL import Image
 from sdbatch.diffusion import weights
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.weights import Weights, skeletons
-from sdbatch.engine.pictures import BadPicture, read_picture
+from sdbatch.engine.making.pictures import BadPicture, read_picture
 from sdbatch.errors import ModelError, SpecError
 from sdbatch.spec import load_spec
 from sdbatch.storage import Store, open_store

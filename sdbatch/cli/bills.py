@@ -13,7 +13,7 @@ from sdbatch.spec import Resources
 
 if TYPE_CHECKING:  # the engine imports Ray, which commands that only read do not need
     from sdbatch.engine.account import Bill
-    from sdbatch.engine.estimate import Estimate
+    from sdbatch.engine.costs.estimate import Estimate
     from sdbatch.engine.forecast import Forecast
 
 

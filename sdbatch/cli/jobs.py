@@ -36,7 +36,9 @@ Show = Annotated[
 
 def validate(job: Job, set_: Set = [], date: Date = None, as_json: Json = False) -> None:  # noqa: B006
     """Check a job spec, its input, model and output, and say every mistake."""
-    from sdbatch.engine.planner import prepare  # Ray and torch take seconds to import: only where they are needed
+    from sdbatch.engine.planning.planner import (
+        prepare,  # Ray and torch take seconds to import: only where they are needed
+    )
     from sdbatch.engine.webhook import check_notify
 
     spec = load_spec(job, set_, date and date.date())

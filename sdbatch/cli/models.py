@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Tell what a model is, how large, and what it lacks; nothing is loaded."""
     from sdbatch.diffusion.inspection import inspect as look  # torch takes seconds to import
-    from sdbatch.engine.models import bring
+    from sdbatch.engine.models.loading import bring
 
     if prediction_type not in {None, "epsilon", "v_prediction"}:
         raise ModelError(f"--prediction-type is '{prediction_type}'; use epsilon or v_prediction")

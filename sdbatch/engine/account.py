@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
-from sdbatch.engine.estimate import Estimate, Purse, estimate, shapes_of, speed_of
-from sdbatch.engine.generator import Receipt
-from sdbatch.engine.planner import Prepared
-from sdbatch.engine.pool import Pool
-from sdbatch.engine.speeds import Conditions, Measured, Speeds, find_speeds, keep_speeds
+from sdbatch.engine.costs.estimate import Estimate, Purse, estimate, shapes_of, speed_of
+from sdbatch.engine.costs.speeds import Conditions, Measured, Speeds, find_speeds, keep_speeds
+from sdbatch.engine.making.generator import Receipt
+from sdbatch.engine.making.pool import Pool
+from sdbatch.engine.planning.planner import Prepared
 from sdbatch.errors import BudgetSpent, Interrupted, StorageError
 from sdbatch.ledger import Job, Run, Shards, begin_run, dollars, put_run, read_runs, spent_usd
 from sdbatch.ledger.runs import LINE

@@ -9,11 +9,11 @@ from typing import Any
 import ray
 
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.estimate import shapes_of, work
-from sdbatch.engine.generator import Generator
-from sdbatch.engine.planner import Prepared
-from sdbatch.engine.speeds import Conditions, Measured, Speeds, keep_speeds
-from sdbatch.engine.tasks import result_of
+from sdbatch.engine.costs.estimate import shapes_of, work
+from sdbatch.engine.costs.speeds import Conditions, Measured, Speeds, keep_speeds
+from sdbatch.engine.making.generator import Generator
+from sdbatch.engine.planning.planner import Prepared
+from sdbatch.engine.planning.tasks import result_of
 from sdbatch.errors import JobFailed
 from sdbatch.ledger import Job, Shard, Shards
 from sdbatch.prompts import Shape

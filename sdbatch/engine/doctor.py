@@ -16,9 +16,9 @@ from pathlib import Path
 
 from sdbatch import __version__
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.models import bring, checks_footprint, find_job_checks, find_model
-from sdbatch.engine.null import NULL
-from sdbatch.engine.reading import check_columns
+from sdbatch.engine.models.loading import bring, checks_footprint, find_job_checks, find_model
+from sdbatch.engine.models.null import NULL
+from sdbatch.engine.planning.reading import check_columns
 from sdbatch.errors import SdbatchError, StorageError
 from sdbatch.prompts import find_table
 from sdbatch.spec import JobSpec, Resources

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from sdbatch.engine.account import runs_for_estimates
 from sdbatch.engine.calibrate import calibrate
-from sdbatch.engine.estimate import Estimate, estimate
-from sdbatch.engine.planner import Prepared
-from sdbatch.engine.speeds import Conditions, find_speeds
+from sdbatch.engine.costs.estimate import Estimate, estimate
+from sdbatch.engine.costs.speeds import Conditions, find_speeds
+from sdbatch.engine.planning.planner import Prepared
 from sdbatch.ledger import Commits, Job, Shards, spent_usd
 
 

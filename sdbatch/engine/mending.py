@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from sdbatch.engine.planner import Prepared, prepare
+from sdbatch.engine.planning.planner import Prepared, prepare
 from sdbatch.engine.runner import Outcome, driving, finish
 from sdbatch.engine.snapshot import Watch
 from sdbatch.engine.webhook import check_notify, telling

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.generator import Generator, looks_of
+from sdbatch.engine.making.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
 from sdbatch.outputs import decode_metadata, pixels_sum, read_pictures

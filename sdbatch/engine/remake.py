@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sdbatch.engine.generator import Generator, looks_of
+from sdbatch.engine.making.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.errors import JobFailed, UsageError
 from sdbatch.ledger import (

@@ -12,16 +12,24 @@ import numpy as np
 from sdbatch.dataset import write_job_card
 from sdbatch.engine.account import Account, Bill, check_budget, keeping_account
 from sdbatch.engine.cluster import check_capacity, ray_session
-from sdbatch.engine.collector import Collector
+from sdbatch.engine.costs.speeds import shape_of
 from sdbatch.engine.forecast import Forecast, forecast
-from sdbatch.engine.generator import Receipt
 from sdbatch.engine.live import Live
-from sdbatch.engine.metrics import DriverMetrics
-from sdbatch.engine.planner import Prepared, extend_plan, find_plan, first_requests, input_changed, make_plan, prepare
-from sdbatch.engine.pool import Pool, Worker
-from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.making.collector import Collector
+from sdbatch.engine.making.generator import Receipt
+from sdbatch.engine.making.metrics import DriverMetrics
+from sdbatch.engine.making.pool import Pool, Worker
+from sdbatch.engine.making.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.planning.planner import (
+    Prepared,
+    extend_plan,
+    find_plan,
+    first_requests,
+    input_changed,
+    make_plan,
+    prepare,
+)
 from sdbatch.engine.snapshot import Snapshot, Watch
-from sdbatch.engine.speeds import shape_of
 from sdbatch.engine.webhook import check_notify, telling
 from sdbatch.errors import BudgetSpent
 from sdbatch.ledger import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdbatch.engine.pool import Worker
+    from sdbatch.engine.making.pool import Worker
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdbatch.engine.null import NULL
+from sdbatch.engine.models.null import NULL
 from sdbatch.errors import JobFailed, OutputError, PlanChanged, StorageError, UsageError
 from sdbatch.evaluation import fidelity as fidelities
 from sdbatch.evaluation.fidelity import Fidelity

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from sdbatch.engine.tasks import result_of
+from sdbatch.engine.planning.tasks import result_of
 from sdbatch.errors import JobFailed
 from sdbatch.evaluation.fidelity import Reading
 from sdbatch.evaluation.prompts import Setting, scene_from_json

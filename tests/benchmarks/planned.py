@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sdbatch.engine.generator import Generator
-from sdbatch.engine.models import find_model
-from sdbatch.engine.slices import shards_of
+from sdbatch.engine.making.generator import Generator
+from sdbatch.engine.models.loading import find_model
+from sdbatch.engine.planning.slices import shards_of
 from sdbatch.ledger import Job, Part, Shard, Shards, write_job, write_slice
 from sdbatch.prompts import RowIds, cut, requests_of_slice, to_table
 from sdbatch.spec import JobSpec, parse_spec

@@ -99,7 +99,7 @@ _TIMED = """
 import sys, time
 from pathlib import Path
 from sdbatch.cli import main
-from sdbatch.engine.pool import Pool
+from sdbatch.engine.making.pool import Pool
 
 def hand(pool, *arguments, hand=Pool._hand):
     if not Path("handed").exists():

@@ -158,7 +158,7 @@ def marks(times: int = 2000) -> tuple[float, float]:
     """Seconds of a mark in the logbook: its share of the logbook's time when many ask, and the wait of one alone."""
     import ray
 
-    from sdbatch.engine.logbook import Mark, Pen, open_logbook
+    from sdbatch.engine.making.logbook import Mark, Pen, open_logbook
 
     logbook = open_logbook({})
     pen, mark = Pen(logbook, 1), Mark("0000000", 0, alone=False)

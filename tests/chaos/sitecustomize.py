@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 
-MODULE, MODEL, COMPUTE = "sdbatch.engine.latent_model", "LatentModel", "draw"
+MODULE, MODEL, COMPUTE = "sdbatch.engine.models.latent_model", "LatentModel", "draw"
 
 
 def counted(compute):

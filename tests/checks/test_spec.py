@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdbatch.checks import FoundChecks
-from sdbatch.engine.models import located_checks
+from sdbatch.engine.models.loading import located_checks
 from sdbatch.errors import SpecError
 from sdbatch.spec import parse_spec
 

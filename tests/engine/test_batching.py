@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdbatch.engine import batching
-from sdbatch.engine.batching import decided, too_large
+from sdbatch.engine.planning import batching
+from sdbatch.engine.planning.batching import decided, too_large
 from sdbatch.errors import UsageError
 from sdbatch.prompts import ModelFacts
 from sdbatch.spec import JobSpec, parse_spec

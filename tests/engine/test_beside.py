@@ -16,10 +16,10 @@ import torch
 from sdbatch.diffusion import LatentDiffusion
 from sdbatch.diffusion.decoding import Decoder
 from sdbatch.diffusion.memory import peak_bytes
-from sdbatch.engine.finishers import Finishers, threads_needed
-from sdbatch.engine.image_model import DrawnAtOnce
-from sdbatch.engine.logbook import Mark, Pen
-from sdbatch.engine.models import footprint
+from sdbatch.engine.making.finishers import Finishers, threads_needed
+from sdbatch.engine.making.logbook import Mark, Pen
+from sdbatch.engine.models.image_model import DrawnAtOnce
+from sdbatch.engine.models.loading import footprint
 from sdbatch.ledger.attempts import UNTRIED
 from tests.engine.test_generator import Planned
 
@@ -134,7 +134,7 @@ def test_what_a_library_on_the_device_says_is_no_requests_fault(
 
     monkeypatch.setattr(LatentDiffusion, "generate", fail)
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr("sdbatch.engine.batch._GRACE", 0.0)
+    monkeypatch.setattr("sdbatch.engine.making.batch._GRACE", 0.0)
     planned = Planned(tmp_path)
     with pytest.raises(SystemExit):
         planned.generator().run_shard(planned.shard)

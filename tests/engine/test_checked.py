@@ -12,9 +12,9 @@ from datasets import load_dataset
 
 from sdbatch.checks import candidate_seed
 from sdbatch.dataset import write_job_card
-from sdbatch.engine.batch import Refused, Result
-from sdbatch.engine.generator import looks_of
-from sdbatch.engine.image_model import DrawnAtOnce
+from sdbatch.engine.making.batch import Refused, Result
+from sdbatch.engine.making.generator import looks_of
+from sdbatch.engine.models.image_model import DrawnAtOnce
 from sdbatch.errors import ModelError
 from sdbatch.ledger import DROPPED, Again, Round, find_commit, put_round, verify
 from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sdbatch.engine.models import find_job_checks
-from sdbatch.engine.speeds import Conditions
+from sdbatch.engine.costs.speeds import Conditions
+from sdbatch.engine.models.loading import find_job_checks
 from sdbatch.errors import ModelError
 from sdbatch.outputs import decode_metadata
 from sdbatch.spec import parse_spec

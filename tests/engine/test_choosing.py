@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sdbatch.checks import Facts, Measures, candidate_seed
-from sdbatch.engine.batch import Made, NotFinite, Refused, Result
-from sdbatch.engine.choosing import Chooser
+from sdbatch.engine.making.batch import Made, NotFinite, Refused, Result
+from sdbatch.engine.making.choosing import Chooser
 from sdbatch.ledger import DROPPED
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import Checks

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sdbatch as package
-from sdbatch.engine.planner import make_plan, prepare
-from sdbatch.engine.pool import Pool
+from sdbatch.engine.making.pool import Pool
+from sdbatch.engine.planning.planner import make_plan, prepare
 from sdbatch.errors import ModelError
 from sdbatch.ledger import read_shards
 from sdbatch.ledger.attempts import UNTRIED, Attempts, put_attempts, read_attempts, troubled_shards

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdbatch.engine.estimate import Purse, estimate, shapes_of, speed_of, through
-from sdbatch.engine.speeds import Conditions, Measured, Speeds, find_speeds, keep_speeds
+from sdbatch.engine.costs.estimate import Purse, estimate, shapes_of, speed_of, through
+from sdbatch.engine.costs.speeds import Conditions, Measured, Speeds, find_speeds, keep_speeds
 from sdbatch.ledger import Run, Shard, Shards, dollars, spent_usd
 from sdbatch.prompts import Shape
 from sdbatch.spec import Resources, parse_spec

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from sdbatch.diffusion.float8 import Float8Linear
-from sdbatch.engine.batch import Refused
-from sdbatch.engine.generator import Generator
-from sdbatch.engine.logbook import Pen
-from sdbatch.engine.models import find_job_checks, find_model
-from sdbatch.engine.slices import shards_of
+from sdbatch.engine.making.batch import Refused
+from sdbatch.engine.making.generator import Generator
+from sdbatch.engine.making.logbook import Pen
+from sdbatch.engine.models.loading import find_job_checks, find_model
+from sdbatch.engine.planning.slices import shards_of
 from sdbatch.errors import ModelError
 from sdbatch.ledger import Job, Part, Shard, Shards, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, decode_metadata, opens, read_stored

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from sdbatch.engine.metrics import NAMES
+from sdbatch.engine.making.metrics import NAMES
 from tests.conftest import CommandLine
 
 Write = Callable[..., Path]

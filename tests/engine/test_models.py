@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
-from sdbatch.engine.models import bring, find_model
+from sdbatch.engine.models.loading import bring, find_model
 from sdbatch.spec import LearntWord, Model
 from sdbatch.storage import open_store
 from tests.conftest import CommandLine

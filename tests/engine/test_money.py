@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sdbatch.engine import pool
-from sdbatch.engine.generator import Generator
-from sdbatch.engine.planner import make_plan, prepare
-from sdbatch.engine.pool import Pool
+from sdbatch.engine.making import pool
+from sdbatch.engine.making.generator import Generator
+from sdbatch.engine.making.pool import Pool
+from sdbatch.engine.planning.planner import make_plan, prepare
 from sdbatch.ledger import Run, begin_run, put_run, read_runs, read_shards
 from sdbatch.spec import load_spec
 from sdbatch.storage import Store, open_store

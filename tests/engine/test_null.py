@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdbatch.engine.models import find_model
-from sdbatch.engine.null import NullModel
+from sdbatch.engine.models.loading import find_model
+from sdbatch.engine.models.null import NullModel
 from sdbatch.outputs import decode_metadata
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import Model
@@ -115,10 +115,12 @@ def test_what_planning_needs_of_a_model_is_small_and_can_be_sent() -> None:
 def test_neither_the_driver_nor_a_generator_imports_torch() -> None:
     code = """
 import sys
-from sdbatch.engine import logbook, models, runner
+from sdbatch.engine import runner
+from sdbatch.engine.making import logbook
+from sdbatch.engine.models import loading
 from sdbatch.spec import parse_spec
 spec = parse_spec({"name": "n", "input": {"uri": "x"}, "output": {"uri": "y"}, "model": {"uri": "builtin:null"}})
-assert models.find_model(spec.model).sha256 == models.load_model(spec, logbook.Pen()).sha256
+assert loading.find_model(spec.model).sha256 == loading.load_model(spec, logbook.Pen()).sha256
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,10 +15,10 @@ from sdbatch.cli.bills import bill_content, bill_lines
 from sdbatch.diffusion import LatentDiffusion
 from sdbatch.diffusion.processor import best_dtype, computes_bfloat16, processor
 from sdbatch.engine.account import Account, Bill
+from sdbatch.engine.making.pool import Pool
 from sdbatch.engine.mending import retry
-from sdbatch.engine.number_format import with_format
-from sdbatch.engine.planner import find_plan, make_plan, prepare
-from sdbatch.engine.pool import Pool
+from sdbatch.engine.planning.number_format import with_format
+from sdbatch.engine.planning.planner import find_plan, make_plan, prepare
 from sdbatch.errors import PlanChanged, SpecError, UsageError
 from sdbatch.ledger import Run, begin_run, put_run
 from sdbatch.spec import JobSpec, load_spec, parse_spec

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sdbatch.engine import ids, planner, reading, tasks
+from sdbatch.engine.planning import ids, planner, reading, tasks
 from sdbatch.errors import InputError, StorageError
 from sdbatch.ledger import read_job, read_shards, read_slice
 from sdbatch.storage import LocalStore, open_store

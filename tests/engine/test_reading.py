@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdbatch.engine import reading
-from sdbatch.engine.reading import Row, read_slices
+from sdbatch.engine.planning import reading
+from sdbatch.engine.planning.reading import Row, read_slices
 from sdbatch.errors import InputError
 from sdbatch.prompts import find_table
 from sdbatch.spec import JobSpec, parse_spec

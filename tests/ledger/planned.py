@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.making.shards import Ended, ShardCommitter, metadata_row
 from sdbatch.ledger import Job, Part, Shard, Shards, Verdict, part_fingerprint, verify, write_job, write_slice
 from sdbatch.outputs import EncodedPicture, encode, opens, read_stored
 from sdbatch.prompts import ImageRequest, ModelFacts, RowIds, cut, from_table, requests_of_slice, to_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdbatch.engine.shards import Ended
+from sdbatch.engine.making.shards import Ended
 from sdbatch.ledger import (
     Again,
     Commits,

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from sdbatch.engine.shards import Ended, ShardCommitter
+from sdbatch.engine.making.shards import Ended, ShardCommitter
 from sdbatch.ledger import (
     Again,
     Commits,

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 
-from sdbatch.engine.shards import ShardCommitter
+from sdbatch.engine.making.shards import ShardCommitter
 from sdbatch.errors import OutputError, SpecError
 from sdbatch.outputs import Signer, checked_columns, encode, pixels_sum
 from sdbatch.spec import Credentials, Picture, parse_spec

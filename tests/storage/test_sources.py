@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfFileSystem
 
-from sdbatch.engine import planner
-from sdbatch.engine.pictures import BadPicture, read_picture
-from sdbatch.engine.reading import check_columns, read_slices
+from sdbatch.engine.making.pictures import BadPicture, read_picture
+from sdbatch.engine.planning import planner
+from sdbatch.engine.planning.reading import check_columns, read_slices
 from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
 from sdbatch.prompts import InputFile, Table, changed_files, find_table, read_wildcards
 from sdbatch.spec import Input, Prompt, parse_spec

@@ -14,7 +14,10 @@ import sys
 import time
 from importlib.abc import MetaPathFinder
 
-MODELS = {"sdbatch.diffusion.pipeline": ("LatentDiffusion", "generate"), "sdbatch.engine.null": ("NullModel", "draw")}
+MODELS = {
+    "sdbatch.diffusion.pipeline": ("LatentDiffusion", "generate"),
+    "sdbatch.engine.models.null": ("NullModel", "draw"),
+}
 
 
 def heeding(compute):

@@ -34,8 +34,8 @@ from sdbatch.diffusion.memory import peak_bytes
 from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
-from sdbatch.engine.compiled import CompiledCode, code_key
-from sdbatch.engine.image_model import Drawn, DrawnAtOnce, FoundModel
+from sdbatch.engine.models.compiled import CompiledCode, code_key
+from sdbatch.engine.models.image_model import Drawn, DrawnAtOnce, FoundModel
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.prompts import ImageRequest, ModelFacts
 from sdbatch.spec import Generate, Model, Resources

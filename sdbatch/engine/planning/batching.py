@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sdbatch.engine.models import Footprint, footprint
+from sdbatch.engine.models.loading import Footprint, footprint
 from sdbatch.errors import UsageError
 from sdbatch.ledger import Job
 from sdbatch.prompts import ModelFacts

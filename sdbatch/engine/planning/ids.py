@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from sdbatch.engine.tasks import TASK, in_order
+from sdbatch.engine.planning.tasks import TASK, in_order
 from sdbatch.errors import InputError
 from sdbatch.prompts import doubled_ids, usable_ids
 

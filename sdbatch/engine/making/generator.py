@@ -24,15 +24,15 @@ import ray
 
 from sdbatch import __version__
 from sdbatch.checks import Looks
-from sdbatch.engine.batch import BatchMaker, Coming, Refused, Result, arrived, end_process
-from sdbatch.engine.choosing import Choice, Chooser, Draw
-from sdbatch.engine.finishers import Finishers
-from sdbatch.engine.image_model import ImageModel
-from sdbatch.engine.logbook import Mark, Pen
-from sdbatch.engine.metrics import ActorMetrics
-from sdbatch.engine.models import load_job_measures, load_model
-from sdbatch.engine.shards import Ended, ShardCommitter, metadata_row
-from sdbatch.engine.speeds import Measured, shape_of
+from sdbatch.engine.costs.speeds import Measured, shape_of
+from sdbatch.engine.making.batch import BatchMaker, Coming, Refused, Result, arrived, end_process
+from sdbatch.engine.making.choosing import Choice, Chooser, Draw
+from sdbatch.engine.making.finishers import Finishers
+from sdbatch.engine.making.logbook import Mark, Pen
+from sdbatch.engine.making.metrics import ActorMetrics
+from sdbatch.engine.making.shards import Ended, ShardCommitter, metadata_row
+from sdbatch.engine.models.image_model import ImageModel
+from sdbatch.engine.models.loading import load_job_measures, load_model
 from sdbatch.errors import JobFailed, ModelError
 from sdbatch.ledger import DROPPED, Job, Shard, read_slice
 from sdbatch.ledger.attempts import UNTRIED, Attempts

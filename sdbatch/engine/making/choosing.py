@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from sdbatch.checks import Candidate, Facts, Measures, candidate_seed, columns, complaint, dropped, kept, wanting
-from sdbatch.engine.batch import Coming, Made, NotFinite, Refused, Result, arrived
+from sdbatch.engine.making.batch import Coming, Made, NotFinite, Refused, Result, arrived
 from sdbatch.ledger import DROPPED
 from sdbatch.prompts import ImageRequest
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from sdbatch.checks import FoundChecks, Measures, find_checks, load_measures, measures_bytes
-from sdbatch.engine.compiled import CompiledCode, Desk
-from sdbatch.engine.image_model import FoundModel, ImageModel
-from sdbatch.engine.null import NULL, NullModel, find_null
+from sdbatch.engine.models.compiled import CompiledCode, Desk
+from sdbatch.engine.models.image_model import FoundModel, ImageModel
+from sdbatch.engine.models.null import NULL, NullModel, find_null
 from sdbatch.errors import ModelError, StorageError
 from sdbatch.spec import Checks, JobSpec, Model
 from sdbatch.storage import open_store
@@ -22,7 +22,7 @@ def find_model(model: Model) -> FoundModel:
     """Find the model on this machine, fetching what lies elsewhere. Raises ModelError."""
     if model.uri == NULL:
         return find_null()
-    from sdbatch.engine.latent_model import find_latent  # torch takes seconds to import
+    from sdbatch.engine.models.latent_model import find_latent  # torch takes seconds to import
 
     return find_latent(_with_uris(model, bring))
 
@@ -34,7 +34,7 @@ def load_model(spec: JobSpec, desk: Desk) -> ImageModel:
     """
     if spec.model.uri == NULL:
         return NullModel()
-    from sdbatch.engine.latent_model import LatentModel  # as above
+    from sdbatch.engine.models.latent_model import LatentModel  # as above
 
     code = partial(CompiledCode, open_store(spec.output.uri), desk) if spec.model.compile else None
     return LatentModel(_with_uris(spec.model, bring), spec.generate, spec.resources, code)
@@ -49,7 +49,7 @@ def footprint(spec: JobSpec, width: int, height: int) -> Footprint:
     checks = checks_footprint(spec)
     if spec.model.uri == NULL:
         return checks
-    from sdbatch.engine.latent_model import latent_footprint  # as above
+    from sdbatch.engine.models.latent_model import latent_footprint  # as above
 
     on_gpu = spec.resources.device == "cuda"
     drawing = latent_footprint(_with_uris(spec.model, bring), width, height, on_gpu=on_gpu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from sdbatch.engine.null import NULL
+from sdbatch.engine.models.null import NULL
 from sdbatch.errors import UsageError
 from sdbatch.ledger import Job
 from sdbatch.spec import JobSpec
@@ -44,7 +44,7 @@ def check_computing(spec: JobSpec) -> None:
         return
     if model.uri == NULL:
         raise UsageError(f"model: {NULL} has no network: set model.fp8 and model.compile to false")
-    from sdbatch.engine import latent_model  # torch takes seconds
+    from sdbatch.engine.models import latent_model  # torch takes seconds
 
     if not os.environ.get("RAY_ADDRESS") and latent_model.is_there(device):
         latent_model.check_computing(model, device)

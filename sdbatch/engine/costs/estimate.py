@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from sdbatch.engine.costs.speeds import Measured, Speeds
 from sdbatch.engine.handing import HELD, takes_another
-from sdbatch.engine.speeds import Measured, Speeds
 from sdbatch.ledger import Shards
 from sdbatch.prompts import Shape
 from sdbatch.spec import Resources

@@ -20,12 +20,12 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from sdbatch.engine.cluster import draining_nodes
-from sdbatch.engine.compiled import keep_code, known_code
-from sdbatch.engine.deaths import Death, inquire
-from sdbatch.engine.estimate import Purse
-from sdbatch.engine.generator import Generator, Receipt
+from sdbatch.engine.costs.estimate import Purse
 from sdbatch.engine.handing import HELD, takes_another
-from sdbatch.engine.logbook import Mark, Pen, open_logbook
+from sdbatch.engine.making.deaths import Death, inquire
+from sdbatch.engine.making.generator import Generator, Receipt
+from sdbatch.engine.making.logbook import Mark, Pen, open_logbook
+from sdbatch.engine.models.compiled import keep_code, known_code
 from sdbatch.errors import JobFailed, SdbatchError
 from sdbatch.ledger import Job, Shard
 from sdbatch.ledger.attempts import UNTRIED, Attempts, put_attempts, read_attempts, troubled_shards

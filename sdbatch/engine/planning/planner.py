@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from sdbatch import __version__
 from sdbatch.checks import FoundChecks
-from sdbatch.engine.batching import decided
-from sdbatch.engine.ids import ID_ROWS, Doubles, find_doubles
-from sdbatch.engine.image_model import FoundModel
-from sdbatch.engine.models import find_job_checks, find_model, located, located_checks
-from sdbatch.engine.number_format import check_computing, with_format
-from sdbatch.engine.reading import check_columns, read_ids, read_slices
-from sdbatch.engine.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
+from sdbatch.engine.models.image_model import FoundModel
+from sdbatch.engine.models.loading import find_job_checks, find_model, located, located_checks
+from sdbatch.engine.planning.batching import decided
+from sdbatch.engine.planning.ids import ID_ROWS, Doubles, find_doubles
+from sdbatch.engine.planning.number_format import check_computing, with_format
+from sdbatch.engine.planning.reading import check_columns, read_ids, read_slices
+from sdbatch.engine.planning.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
 from sdbatch.errors import InputError, OutputError, StorageError, UsageError
 from sdbatch.ledger import (
     Job,

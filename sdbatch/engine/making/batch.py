@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sdbatch.engine.batching import device_bytes, too_large
-from sdbatch.engine.image_model import Drawn, ImageModel
-from sdbatch.engine.models import footprint
-from sdbatch.engine.pictures import BadPicture, read_mask, read_picture
+from sdbatch.engine.making.pictures import BadPicture, read_mask, read_picture
+from sdbatch.engine.models.image_model import Drawn, ImageModel
+from sdbatch.engine.models.loading import footprint
+from sdbatch.engine.planning.batching import device_bytes, too_large
 from sdbatch.errors import JobFailed
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import JobSpec

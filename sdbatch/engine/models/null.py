@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdbatch.engine.image_model import Drawn, DrawnAtOnce, FoundModel
+from sdbatch.engine.models.image_model import Drawn, DrawnAtOnce, FoundModel
 from sdbatch.prompts import ImageRequest, ModelFacts
 
 NULL = "builtin:null"

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 import pyarrow as pa
 import ray
 
-from sdbatch.engine.ids import Doubles
-from sdbatch.engine.image_model import FoundModel
-from sdbatch.engine.tasks import TASK, in_order
+from sdbatch.engine.models.image_model import FoundModel
+from sdbatch.engine.planning.ids import Doubles
+from sdbatch.engine.planning.tasks import TASK, in_order
 from sdbatch.ledger import Shard, Shards, SliceRows, write_slice
 from sdbatch.prompts import (
     ImageRequest,

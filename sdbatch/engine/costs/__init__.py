@@ -1,0 +1,1 @@
+"""What was measured of jobs, and what follows from it for others: pure functions."""
