@@ -16,7 +16,7 @@ import torch
 from sdbatch import __version__
 from sdbatch.bench.clock import Setting
 from sdbatch.bench.duel import duel
-from sdbatch.bench.floor import count_flops, peak_flops
+from sdbatch.bench.floor import count_flops, peak_flops, settle
 from sdbatch.bench.quality import find_scorer, gate
 from sdbatch.bench.rival import check_rival
 from sdbatch.bench.sizes import checkpoint_of
@@ -118,7 +118,14 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         for row in by_batch(checkpoint, setting, kept, [wanted.batch], wanted.runs):
             add(row)
     found["kept"] = [technique.name for technique in kept]
-    found["phases"] = phases(prepared(checkpoint, setting, kept), setting, wanted.batch)
+    began = time.perf_counter()
+    subject = prepared(checkpoint, setting, kept)
+    settle(wanted.device)
+    if checkpoint.layout != "random":
+        found["loading_seconds"] = round(time.perf_counter() - began, 3)
+        tell(f"loaded in {found['loading_seconds']:.2f} s: what a process takes before its first, cold batch")
+    found["phases"] = phases(subject, setting, wanted.batch)
+    del subject
     tell("a batch's text, step and decoding: " + ", ".join(f"{s * 1e3:.1f} ms" for s in found["phases"].values()))
     for row in by_batch(checkpoint, setting, kept, wanted.batches, wanted.runs):
         add(row)
@@ -139,8 +146,12 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         tell(f"model.fp8, {quality.line()}")
     if wanted.out is not None:
         _keep(found, wanted.out)
-        (wanted.out / "bench.png").write_bytes(draw_plot(found))
-        tell(f"written: {wanted.out / 'bench.json'}, {wanted.out / 'bench.png'}")
+        tell(f"written: {wanted.out / 'bench.json'}")
+        if find_spec("matplotlib") is None:
+            tell("no plot: that needs Matplotlib: pip install 'sdbatch[training]'")
+        else:
+            (wanted.out / "bench.png").write_bytes(draw_plot(found))
+            tell(f"drawn: {wanted.out / 'bench.png'}")
     if quality is not None:
         quality.refuse("model.fp8")
     return found
@@ -159,8 +170,6 @@ def _check(wanted: Wanted) -> None:
         check_rival(wanted.sampler)
     if wanted.gate and (reason := lacking(wanted.device)):
         raise UsageError(f"bench: --gate: model.fp8 {reason}")
-    if wanted.out is not None and find_spec("matplotlib") is None:
-        raise UsageError("bench: --out: the plot needs Matplotlib: pip install 'sdbatch[training]'")
 
 
 def _keep(found: dict[str, Any], out: Path | None) -> None:
