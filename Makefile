@@ -14,7 +14,7 @@ demo: $(VENV)/.user
 	$(BIN)/sdbatch report out/demo
 
 test: $(VENV)/.developer system-packages
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 system-packages:
 	@sh tests/system-packages.sh $(SYSTEM_PACKAGES)

@@ -37,12 +37,24 @@ hypothesis.settings.load_profile("sdbatch")
 
 Json = dict[str, Any]
 
+_OWN_RAY, _RAY = "own ray", "ray"
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests that share a Ray stay on one of pytest's workers, as do those that start their own: never more than two."""
     names = set(getattr(item, "fixturenames", ()))
-    group = "own ray" if "shell" in names else "ray" if "ray_here" in names else item.nodeid.partition("::")[0]
+    group = _OWN_RAY if "shell" in names else _RAY if "ray_here" in names else item.nodeid.partition("::")[0]
     item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The two long groups come first, one for each worker; what is short fills up the rest."""
+
+    def place(item: pytest.Item) -> int:
+        group = next(item.iter_markers("xdist_group")).args[0]
+        return (_OWN_RAY, _RAY, group).index(group)
+
+    items.sort(key=place)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,9 @@ class Reading:
 
 def sent(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device. From pinned memory the copy does not wait for what the device is still at."""
-    tensor = torch.as_tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda":
+        return torch.as_tensor(values).pin_memory().to(device, non_blocking=True)
+    return torch.as_tensor(values, device=device)
 
 
 def text_states(
