@@ -26,7 +26,7 @@ from sdbatch.diffusion import SAMPLERS
 from sdbatch.diffusion.float8 import lacking
 from sdbatch.diffusion.processor import processor
 from sdbatch.diffusion.weights import DTYPES
-from sdbatch.errors import JobFailed, UsageError
+from sdbatch.errors import JobFailed, OutputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         f"{peak / 1e12:.2f} TFLOP/s, so at most {most:.2f} images/s"
     )
     kept: tuple[Technique, ...] = as_in_jobs(wanted.device)
+    _keep(found, wanted.out)  # if that can't be done, better told now
 
     def add(row: Row) -> None:
         found["rows"].append(_told(row, most))
         tell(_line(found["rows"][-1]))
-        _keep(found, wanted.out)  # a bench takes minutes, and may be cut off
+        _keep(found, wanted.out)
 
     if wanted.techniques:
         tried = [technique for technique in TECHNIQUES if wanted.compiles or technique.of != "compiler"]
@@ -173,10 +174,14 @@ def _check(wanted: Wanted) -> None:
 
 
 def _keep(found: dict[str, Any], out: Path | None) -> None:
-    """Write what is known so far."""
-    if out is not None:
+    """Write what is known so far. Raises OutputError where that can't be done."""
+    if out is None:
+        return
+    try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "bench.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"bench: --out: {error.filename or out}: {error.strerror}; name another folder") from None
 
 
 def _machine(device: str) -> dict[str, str]:
