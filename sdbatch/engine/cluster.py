@@ -27,18 +27,19 @@ def ray_session(resources: Resources) -> Iterator[None]:
     """Ray for the length of a command: the cluster at RAY_ADDRESS, else one of our own on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU: what Ray will do anyway
-    own = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
+    connects = not ray.is_initialized()
+    own = connects and not os.environ.get("RAY_ADDRESS")
     if own:
         os.environ.setdefault("GLIBC_TUNABLES", _HUGE_PAGES)
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, to its very end; that is for our results
-        if not ray.is_initialized():
+        if connects:
             _start(resources, own)
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             yield
         finally:
-            if own:
+            if connects:  # a cluster stays, but would go on telling us of its dead
                 with _held_back():
                     ray.shutdown()
 
