@@ -4,8 +4,8 @@
 
 Both make the same pictures from the same requests in the same batches, in as many processes of one thread each;
 the two alternate, round after round, and start-up is told apart. With fewer processes than cores each model has a core
-of its own, as a GPU would be; with as many it shares them with Ray. Machines are noisy, so this tells one thing more,
-which other work there hardly changes: the share of the run's time in which the threads of its models had a core.
+of its own, as a GPU would be; with as many it shares them with Ray. Machines are noisy and nothing is asserted; the
+share of the run's time in which the threads of its models had a core says how long they waited.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def pipeline(folder: Path, prompts: list[str], processes: int) -> tuple[float, f
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         onlooker = Onlooker(run.pid)
         onlooker.start()
-        told = json.loads(run.communicate()[0])
+        written = run.communicate()[0]
+    if run.returncode:
+        raise SystemExit(f"sdbatch run ended with {run.returncode}")
+    told = json.loads(written)
     return told["making_seconds"], told["starting_seconds"], onlooker.busy()
 
 
