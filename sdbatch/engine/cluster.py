@@ -19,7 +19,7 @@ from sdbatch.spec import Resources
 _READERS = 1
 #: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do: on a CPU
 #: some per cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     connects = not ray.is_initialized()
     own = connects and not os.environ.get("RAY_ADDRESS")
     if own:
-        os.environ.setdefault("GLIBC_TUNABLES", _HUGE_PAGES)
+        os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, to its very end; that is for our results
         if connects:
             _start(resources, own)

@@ -15,8 +15,8 @@ from sdbatch.outputs.metadata import CheckColumns, description, description_fiel
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard, stored, write_once
 from sdbatch.storage.parquet import read_parquet
 
-#: Pictures of a shard that are on their way to the store at once.
-_UPLOADS = 8
+#: Pictures on their way to or from the store at once; threads come with the first that need them, and stay.
+_TRANSFERS = ThreadPoolExecutor(64, "transfer")
 #: Columns whose names tell a reader of image folders to open what they name.
 _OPENED = ("file_name", "file_names")
 
@@ -28,11 +28,10 @@ class ImageFiles(ShardWriter):
     def kept(self, stem: str) -> dict[int, bytes]:
         ours = re.compile(rf"{self.root}/{stem}/\d{{5,}}-[^/]*\.{self.ending}")
         keys = [entry.key for entry in self.store.list(f"{self.root}/{stem}/") if ours.fullmatch(entry.key)]
-        with ThreadPoolExecutor(_UPLOADS) as pool:
-            return {
-                int(key.rpartition("/")[2].partition("-")[0]): data
-                for key, data in zip(keys, pool.map(self.store.get, keys), strict=True)
-            }
+        return {
+            int(key.rpartition("/")[2].partition("-")[0]): data
+            for key, data in zip(keys, _TRANSFERS.map(self.store.get, keys), strict=True)
+        }
 
     def keep(self, stem: str, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
         def put(picture: EncodedPicture) -> EncodedPicture:
@@ -40,8 +39,7 @@ class ImageFiles(ShardWriter):
             is_stored = self.store.put_if_absent(key, picture.data)
             return picture if is_stored else replace(picture, data=self.store.get(key))
 
-        with ThreadPoolExecutor(_UPLOADS) as pool:
-            return list(pool.map(put, batch))
+        return list(_TRANSFERS.map(put, batch))
 
     def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
         self.keep(stem, pictures, last=False)

@@ -112,13 +112,23 @@ class LocalStore(Store):
     def _path(self, key: str) -> Path:
         """Where the object lies. Raises StorageError if a symlink leads it out of the root."""
         path = self.root / check_key(key)
-        real = Path(os.path.realpath(path))
-        if not self._linked and not real.is_relative_to(os.path.realpath(self.root)):
-            raise StorageError(
-                f"{path} leads out of {self.uri} through a symlink, to {real}; "
-                "put the file itself there, or name the place where it lies"
-            )
+        if not self._linked and self._has_link(key):
+            real = Path(os.path.realpath(path))
+            if not real.is_relative_to(os.path.realpath(self.root)):
+                raise StorageError(
+                    f"{path} leads out of {self.uri} through a symlink, to {real}; "
+                    "put the file itself there, or name the place where it lies"
+                )
         return path
+
+    def _has_link(self, key: str) -> bool:
+        """Is there a symlink on the way from the root to the object?"""
+        at = self.uri
+        for name in key.split("/"):
+            at = f"{at}/{name}"
+            if os.path.islink(at):
+                return True
+        return False
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[Path]:

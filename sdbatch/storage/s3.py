@@ -40,7 +40,7 @@ _CONFIG = Config(
     retries={"mode": "standard", "total_max_attempts": 1},
     connect_timeout=10,
     read_timeout=60,
-    max_pool_connections=32,
+    max_pool_connections=64,
     request_checksum_calculation="when_required",
     response_checksum_validation="when_required",
 )

@@ -31,6 +31,7 @@ def test_who_is_alone_always_has_one_waiting() -> None:
 def test_at_the_end_shards_go_to_who_is_free() -> None:
     assert takes_another(0, 1, 3)
     assert [takes_another(1, todo, 3) for todo in (1, 2, 3)] == [False, False, True]
+    assert [takes_another(2, todo, 3) for todo in (3, 4, 5)] == [False, False, True]
     assert ending([1.0, 1.0, 1.0], 9) == 3.0
     assert ending([1.0, 1.7], 5) == pytest.approx(3.4)  # two wait at nobody: the fast one makes three
     assert ending([1.0, 1.5, 3.5], 6) == pytest.approx(3.5)
