@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -224,7 +224,9 @@ def _plan_part(
     part = Part(fingerprint, rows=0, slices=0, shards=0, planned=0, faulty=0)
     sizes, shards, made_from = _OddSizes(), list[Shards](), list[SliceRows]()
     first_fault: str | None = None
-    planning = Planning(spec, prepared.model, store.uri, fingerprint, prepared.wildcards.lines)
+    reads = spec.generate.long_prompts == "chunk"
+    model = prepared.model if reads else replace(prepared.model, tokenizers=())  # with them comes torch, for seconds
+    planning = Planning(spec, model, store.uri, fingerprint, prepared.wildcards.lines)
     for found in slices_planned(planning, slices, first_slice, first_row, doubles):
         sizes.add(found)
         shards.append(found.shards.numbered(first_shard + part.shards, first_slice + part.slices))
