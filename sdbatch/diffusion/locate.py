@@ -9,14 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from sdbatch.diffusion.adapters import Adaptation, learn_words
 from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.folder import ENCODERS, read_folder, weights_name
@@ -151,6 +143,14 @@ def _ends(variant: str) -> tuple[str, ...]:
 
 
 def _fetch(found: re.Match[str], uri: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # takes long to import, and a local model never comes here
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     repo, revision = found["repo"], found["revision"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))

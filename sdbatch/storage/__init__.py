@@ -1,4 +1,7 @@
-"""Object stores behind one small interface, a local folder or S3, and what else is only read: GCS, Azure, the Hub."""
+"""Object stores behind one small interface, a local folder or S3, and what else is only read: GCS, Azure, the Hub.
+
+The clients of S3 and of the Hub are imported where they are used: every process of a job imports this, few need them.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,13 @@ from functools import lru_cache
 
 from sdbatch.errors import StorageError
 from sdbatch.storage.buckets import BUCKETS, BucketFiles
-from sdbatch.storage.filesystems import filesystem, unsigned
-from sdbatch.storage.hub import HUB, HUB_NAME, HubFiles
+from sdbatch.storage.filesystems import HUB, HUB_NAME, filesystem, unsigned
 from sdbatch.storage.local import LocalStore
-from sdbatch.storage.s3 import S3Store
 from sdbatch.storage.store import Entry, Source, Store
 
 __all__ = [
     "Entry",
     "LocalStore",
-    "S3Store",
     "Source",
     "Store",
     "filesystem",
@@ -32,6 +32,8 @@ _READ_ONLY = (HUB, *BUCKETS)
 def open_store(uri: str, *, linked: bool = False) -> Store:
     """The store at a folder path, ``file://`` or ``s3://bucket/prefix``; ``linked``: see LocalStore."""
     if uri.startswith("s3://"):
+        from sdbatch.storage.s3 import S3Store
+
         return S3Store(uri)
     if uri.startswith("file://"):
         return LocalStore(uri.removeprefix("file://"), linked=linked)
@@ -48,6 +50,8 @@ def open_source(uri: str) -> Source:
     A source on the Hub stands for the commit that its revision is now: its ``uri`` says which.
     """
     if uri.startswith(HUB):
+        from sdbatch.storage.hub import HubFiles
+
         return HubFiles(uri)
     if uri.startswith(BUCKETS):
         return BucketFiles(uri)

@@ -9,13 +9,21 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pyarrow.fs as fs
-from huggingface_hub import HfFileSystem
 
 from sdbatch.errors import StorageError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileSystem
+
+HUB = "hf://"
+HUB_NAME = re.compile(
+    r"(?P<root>hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?)(?:/(?P<path>.*))?"
+)
 _PATIENCE = timedelta(seconds=30)
 
 
@@ -45,6 +53,8 @@ def unsigned(told: str) -> str:
 
 def hub() -> HfFileSystem:
     """The Hub that HF_ENDPOINT names, or the one of Hugging Face."""
+    from huggingface_hub import HfFileSystem  # takes long to import
+
     return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
 
 

@@ -16,14 +16,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage.filesystems import hub, unsigned
+from sdbatch.storage.filesystems import HUB, HUB_NAME, hub, unsigned
 from sdbatch.storage.store import Entry, Source, check_key
 
-HUB = "hf://"
-HUB_NAME = re.compile(
-    r"(?P<root>hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?)(?:/(?P<path>.*))?"
-)
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 

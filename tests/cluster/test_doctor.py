@@ -13,7 +13,8 @@ import pytest
 from sdbatch import cli
 from sdbatch.engine import doctor
 from sdbatch.spec import load_spec
-from sdbatch.storage import LocalStore, S3Store, open_store
+from sdbatch.storage import LocalStore, open_store
+from sdbatch.storage.s3 import S3Store
 from tests.conftest import CommandLine
 
 Write = Callable[..., Path]

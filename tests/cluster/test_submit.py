@@ -21,6 +21,7 @@ from sdbatch.engine.submission import submission_of
 from sdbatch.spec import load_spec, today
 from sdbatch.storage import open_store
 from tests.conftest import CommandLine, Shell
+from tests.engine.test_run import kill_everything
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,12 +54,7 @@ def head(tmp_path: Path) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill_everything(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 

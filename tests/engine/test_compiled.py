@@ -19,7 +19,8 @@ from sdbatch.diffusion import compilation
 from sdbatch.diffusion.compilation import lacking, pack, unpack
 from sdbatch.diffusion.float8 import lacking as lacking_float8
 from sdbatch.engine.making.logbook import Pen
-from sdbatch.engine.models.compiled import CompiledCode, Turns, code_key, keep_code, known_code
+from sdbatch.engine.models.compiled import CompiledCode, code_key, keep_code, known_code
+from sdbatch.engine.models.turns import Turns
 from sdbatch.engine.planning.planner import prepare
 from sdbatch.errors import ModelError, UsageError
 from sdbatch.spec import parse_spec
@@ -178,7 +179,7 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 from sdbatch.diffusion.unet import TransformerBlock
 from sdbatch.engine.models import latent_model
-from sdbatch.engine.models.compiled import Turns
+from sdbatch.engine.models.turns import Turns
 from tests.engine.test_compiled import Seat
 from tests.engine.test_generator import Planned
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from PIL import Image
 
 from sdbatch.ledger import Again, Round, put_round
 from sdbatch.storage import LocalStore
-from tests.conftest import CommandLine, Shell
-from tests.engine.test_run import kill_everything, sums
+from tests.conftest import CommandLine
 
 Write = Callable[..., Path]
 
@@ -137,29 +135,6 @@ def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
     verdict = sdbatch.json("verify", "out")
     assert (verdict["ok"], verdict["extra"]) == (True, ["data/notes.txt"])
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
-
-
-def test_a_second_driver_is_refused_while_the_first_is_at_work(
-    shell: Shell, sdbatch: CommandLine, write_job: Write, tmp_path: Path
-) -> None:
-    (tmp_path / "prompts.csv").write_text("prompt\n" + "a red circle\n" * 48)
-    job = write_job(generate={"num_inference_steps": 20}, output={"shard_size": 8}, resources={"batch_size": 4})
-    store = LocalStore(tmp_path / "out")
-    first = shell.start("run", job)
-    deadline = time.monotonic() + 120
-    while not list(store.list("_sdbatch/commits/")):
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    ended = sdbatch("run", job, code=2)
-    assert f"is in use by the driver {first.pid}" in ended.stderr
-    assert first.poll() is None
-    kill_everything(first)
-    before = sums(store)
-    assert before
-    sdbatch("run", job)  # a dead driver of this machine holds nobody up
-    assert before.items() <= sums(store).items()
-    assert sdbatch.json("verify", "out")["ok"]
 
 
 def rows(folder: Path) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,7 +251,7 @@ def _done(store: Store, planned: Planned) -> set[tuple[int, int]]:
 @pytest.fixture(autouse=True)
 def one_thread_a_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a writer's operations come in one order."""
-    monkeypatch.setattr(outputs, "_UPLOADS", 1)
+    monkeypatch.setattr(outputs, "_TRANSFERS", SimpleNamespace(map=map))
     monkeypatch.setattr(commits, "_READERS", 1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdbatch.storage import S3Store
+from sdbatch.storage.s3 import S3Store
 from tests.fault_proxy import FaultProxy
 
 

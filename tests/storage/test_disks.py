@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage import Entry, LocalStore, S3Store
+from sdbatch.storage import Entry, LocalStore
 from sdbatch.storage.local import STAGING
+from sdbatch.storage.s3 import S3Store
 
 MEBIBYTE = 1 << 20
 

@@ -14,8 +14,9 @@ import boto3
 import pytest
 
 from sdbatch.errors import Interrupted, ObjectNotFound, StorageError
-from sdbatch.storage import S3Store, patience
+from sdbatch.storage import patience
 from sdbatch.storage import s3 as s3_module
+from sdbatch.storage.s3 import S3Store
 from tests.fault_proxy import RESETS, FaultProxy
 
 Reach = Callable[[FaultProxy], S3Store]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sdbatch.ledger import read_status
-from sdbatch.storage import S3Store, Store, open_store
+from sdbatch.storage import Store, open_store
+from sdbatch.storage.s3 import S3Store
 from tests.conftest import CommandLine, Shell
 from tests.engine.test_run import kill_everything, write_prompts
 from tests.fault_proxy import FaultProxy

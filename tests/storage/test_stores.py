@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage import Entry, LocalStore, S3Store, Store, open_store
+from sdbatch.storage import Entry, LocalStore, Store, open_store
+from sdbatch.storage.s3 import S3Store
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sdbatch.engine.models.compiled import Desk, Turns
+from sdbatch.engine.models.turns import Desk, Turns
 
 
 @dataclass(frozen=True)

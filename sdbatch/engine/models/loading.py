@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from sdbatch.checks import FoundChecks, Measures, find_checks, load_measures, measures_bytes
-from sdbatch.engine.models.compiled import CompiledCode, Desk
+from sdbatch.engine.models.compiled import CompiledCode
 from sdbatch.engine.models.image_model import FoundModel, ImageModel
 from sdbatch.engine.models.null import NULL, NullModel, find_null
+from sdbatch.engine.models.turns import Desk
 from sdbatch.errors import ModelError, StorageError
 from sdbatch.spec import Checks, JobSpec, Model
 from sdbatch.storage import open_store
