@@ -46,11 +46,13 @@ class Card:
 
 
 def write_card(store: Store, card: Card) -> bool:
-    """Write the card, unless somebody else's stands there, or ours with changes; False then."""
+    """Write the card, unless somebody else's stands there, or a folder, or ours with changes; False then."""
     try:
         standing = store.get(CARD_KEY)
     except ObjectNotFound:
         standing = None
+        if any(True for _ in store.list(f"{CARD_KEY}/")):
+            return False
     data = card_text(card).encode()
     if standing is not None and not _ours(standing):
         return False

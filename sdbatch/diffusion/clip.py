@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdbatch.diffusion.checkpoint import Component
 from sdbatch.diffusion.clip_folder import ClipFolder, read_clip_folder
-from sdbatch.diffusion.folder import text_json, write_json
+from sdbatch.diffusion.configs import text_json, write_json
 from sdbatch.diffusion.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, preprocess
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.tokenizer import CLIPTokenizer, write_tokenizer

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from sdbatch.diffusion.folder import find_weights, plausible, understanding
+from sdbatch.diffusion.configs import plausible, understanding
+from sdbatch.diffusion.folder import find_weights
 from sdbatch.diffusion.image_encoder import ImageEncoderConfig, Preprocessing
 from sdbatch.diffusion.text_encoder import TextEncoderConfig
 from sdbatch.diffusion.tokenizer import CLIPTokenizer, read_tokenizer

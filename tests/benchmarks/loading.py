@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from sdbatch.diffusion.folder import read_unet, unet_json
+from sdbatch.diffusion.configs import unet_json
+from sdbatch.diffusion.folder import read_unet
 from sdbatch.diffusion.unet import UNet, UNetConfig
 from sdbatch.diffusion.weights import DTYPES, skeletons, write
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdbatch.diffusion import LatentDiffusion, Lora, Reading, TextualInversion
-from sdbatch.diffusion.folder import read_unet_config
+from sdbatch.diffusion.configs import read_unet_config
 from sdbatch.diffusion.original_names import unet_modules
 from sdbatch.errors import ModelError
 from tests.diffusion import tiny_models

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
-from sdbatch.diffusion.folder import read_folder, read_schedule, read_text_encoder, read_unet, read_vae
+from sdbatch.diffusion.configs import read_schedule
+from sdbatch.diffusion.folder import read_folder, read_text_encoder, read_unet, read_vae
 from sdbatch.diffusion.weights import Weights, write
 from sdbatch.errors import ModelError
 from tests.diffusion.families import SMALL, build_pipeline

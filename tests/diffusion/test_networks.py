@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdbatch.diffusion import folder
+from sdbatch.diffusion import configs, folder
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from sdbatch.diffusion.unet import Added, UNet, UNetConfig
 from sdbatch.diffusion.vae import VAE, VAEConfig
@@ -58,13 +58,13 @@ def test_full_size_has_the_published_names_shapes_and_parameters(family: str, tm
     vae.save_config(tmp_path / "vae")
     with skeletons():
         ours = [
-            UNet(folder.read_unet_config(tmp_path / "unet/config.json")),
-            VAE(folder.read_vae_config(tmp_path / "vae/config.json")),
+            UNet(configs.read_unet_config(tmp_path / "unet/config.json")),
+            VAE(configs.read_vae_config(tmp_path / "vae/config.json")),
         ]
         for encoder in encoders:
             encoder.config.architectures = [type(encoder).__name__]
             encoder.config.save_pretrained(tmp_path / "text")
-            ours.append(TextEncoder(folder.read_text_config(tmp_path / "text/config.json")))
+            ours.append(TextEncoder(configs.read_text_config(tmp_path / "text/config.json")))
     assert [shapes(module) for module in ours[:2]] == [shapes(unet), shapes(vae)]
     assert [shapes(module) for module in ours[2:]] == [shapes(encoder, "text_model.") for encoder in encoders]
     assert tuple(sum(value.numel() for value in module.parameters()) for module in ours) == COUNTS[family]

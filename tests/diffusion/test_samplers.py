@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from sdbatch.diffusion.folder import scheduler_json
+from sdbatch.diffusion.configs import scheduler_json
 from sdbatch.diffusion.grids import Step
 from sdbatch.diffusion.samplers import SAMPLERS, Denoiser, most_steps, sample, start_scale, steps_of
 from sdbatch.diffusion.schedule import NoiseSchedule

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sdbatch.diffusion import LatentDiffusion, open_checkpoint
 from sdbatch.diffusion.checkpoint import Checkpoint, unstored
+from sdbatch.diffusion.configs import read_text_config, read_unet_config, read_vae_config
 from sdbatch.diffusion.families import FAMILIES
-from sdbatch.diffusion.folder import read_text_config, read_unet_config, read_vae_config
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.single_file import original_tensors, read_single_file, write_single_file
 from sdbatch.diffusion.text_encoder import TextEncoder

@@ -136,3 +136,6 @@ def test_a_card_that_somebody_changed_stays_and_ours_is_renewed(tmp_path: Path) 
     planned.store.put("README.md", theirs)
     assert not write_job_card(planned.store, planned.job, planned.spec)
     assert planned.store.get("README.md") == theirs
+    planned.store.delete("README.md")
+    planned.store.put("README.md/notes.txt", b"a folder of theirs")
+    assert not write_job_card(planned.store, planned.job, planned.spec)
