@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.slow_store [IMAGES] [ROUNDS]
 
-Shards are handed out as the pool does it, to one actor without Ray. In a round both stores are at work at once,
-each in a process and on a core of its own, and then once more with the cores swapped. So the machine is as fast for the one as for
-the other, and both halves together tell what the store alone does. Throughput is that of the model: pictures over the
-time from its first batch to its last; what is stored after that is told apart.
+Shards are handed out as the pool does it, to one actor without Ray. In a round both stores are at work at once, each
+in a process and on a core of its own, and then once more with the cores swapped. So the machine is as fast for the one
+as for the other, and both halves together tell what the store alone does. Throughput is that of the model: pictures
+over the time from its first batch to its last; what is stored after that is told apart.
 """
 
 from __future__ import annotations
