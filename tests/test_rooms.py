@@ -49,7 +49,7 @@ MAY_IMPORT = {
 #: Rooms within the engine → which of them, and of what lies beside them, they may import.
 WITHIN_ENGINE = {
     "models": {"models"},
-    "planning": {"planning", "models"},
+    "planning": {"planning", "machine", "models"},
     "costs": {"costs", "handing"},
     "making": {"making", "planning", "models", "costs", "cluster", "handing"},
 }

@@ -154,11 +154,11 @@ def _crew(folder: Path, workers: int, device: Device) -> Iterator[None]:
         if workers == 1:
             yield
             return
-        from sdbatch.engine.cluster import check_capacity, ray_session
+        from sdbatch.engine.cluster import await_room, ray_session
 
         resources = Resources(actors=workers, gpus_per_actor=1 if device is Device.cuda else 0)
         with ray_session(resources):
-            check_capacity(resources)
+            await_room(resources)
             yield
     except OSError as error:  # no right to write, no room
         raise OutputError(f"{error.filename or folder}: {error.strerror or error}") from None

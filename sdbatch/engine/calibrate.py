@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.cluster import await_room, ray_session
 from sdbatch.engine.costs.estimate import shapes_of, work
 from sdbatch.engine.costs.speeds import Conditions, Measured, Speeds, keep_speeds
 from sdbatch.engine.making.generator import Generator
@@ -30,7 +30,7 @@ def calibrate(prepared: Prepared, job: Job, shards: Shards) -> Speeds:
     found: dict[Shape, Measured] = {}
     started, resources = time.perf_counter(), prepared.spec.resources
     with ray_session(resources):
-        check_capacity(resources)
+        await_room(resources)
         options: dict[str, Any] = {
             "num_cpus": resources.cpus_per_actor,
             "num_gpus": resources.gpus_per_actor,

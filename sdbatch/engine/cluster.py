@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import ray
 
+from sdbatch.engine.machine import cpus
 from sdbatch.errors import JobFailed, UsageError
 from sdbatch.spec import Resources
 
@@ -20,6 +22,8 @@ _READERS = 1
 #: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do: on a CPU
 #: some per cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+#: Seconds that nodes may take to come.
+_PATIENCE = 1800.0
 
 
 @contextmanager
@@ -77,12 +81,12 @@ def _own_signals() -> Iterator[None]:
 
 def _start(resources: Resources, own: bool) -> None:
     # Logical CPUs: the machine's own, but never fewer than the job asks for, or nothing would ever start.
-    cpus = max(os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor + _READERS)
+    at_least = max(cpus(), resources.fewest * resources.cpus_per_actor + _READERS)
     try:
         with _own_signals(), _held_back() if own else nullcontext():
             ray.init(
                 address="local" if own else None,
-                num_cpus=cpus if own else None,
+                num_cpus=at_least if own else None,
                 include_dashboard=False if own else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -104,8 +108,32 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())  # Ray has no public name for it
 
 
-def check_capacity(resources: Resources) -> None:
-    """Raise UsageError when the cluster has no node that could ever hold one actor."""
+def await_room(resources: Resources, on_wait: Callable[[str], None] = lambda told: None) -> None:
+    """Wait until some node could hold an actor: a cluster that scales may begin without any.
+
+    Raises UsageError where none can come, on this machine alone, and JobFailed when none came for half an hour.
+    """
+    if not (told := too_small(resources)):
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        raise UsageError(told)
+    # Whoever scales the cluster goes by what waits for room.
+    waiting = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(_nothing).remote()
+    deadline = time.monotonic() + _PATIENCE
+    while too_small(resources):
+        if time.monotonic() > deadline:
+            ray.cancel(waiting)
+            raise JobFailed(f"{told}; no other node came within {_PATIENCE / 60:.0f} minutes")
+        on_wait(f"for a node: {told}")
+        ray.wait([waiting], timeout=1.0)
+
+
+def _nothing() -> None:
+    """What waits for room."""
+
+
+def too_small(resources: Resources) -> str:
+    """That no node which is there now could hold an actor, and what to do; empty where one could."""
     fits = [
         node["Resources"]
         for node in ray.nodes()  # type: ignore[no-untyped-call]
@@ -113,8 +141,9 @@ def check_capacity(resources: Resources) -> None:
         and node["Resources"].get("GPU", 0) >= resources.gpus_per_actor
         and node["Resources"].get("CPU", 0) >= resources.cpus_per_actor
     ]
-    if not fits:
-        raise UsageError(
-            f"resources: no node of the cluster has {resources.gpus_per_actor:g} GPUs and {resources.cpus_per_actor} "
-            "CPUs for an actor; lower resources.gpus_per_actor (0: on the CPU) or resources.cpus_per_actor"
-        )
+    if fits:
+        return ""
+    return (
+        f"resources: no node of the cluster has {resources.gpus_per_actor:g} GPUs and {resources.cpus_per_actor} "
+        "CPUs for an actor; lower resources.gpus_per_actor (0: on the CPU) or resources.cpus_per_actor"
+    )

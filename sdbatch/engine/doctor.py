@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdbatch import __version__
-from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.cluster import ray_session, too_small
+from sdbatch.engine.machine import cpus, memory_bytes
 from sdbatch.engine.models.loading import bring, checks_footprint, find_job_checks, find_model
 from sdbatch.engine.models.null import NULL
 from sdbatch.engine.planning.reading import check_columns
@@ -113,9 +114,9 @@ def _ray(spec: JobSpec | None) -> list[Finding]:
     address = os.environ.get("RAY_ADDRESS")
     resources = spec.resources if spec is not None else Resources()
     if not address:
-        cpus, asked = os.cpu_count() or 1, resources.fewest * resources.cpus_per_actor
-        told = f"would be started here, with {cpus} CPUs"
-        if asked > cpus:
+        here, asked = cpus(), resources.fewest * resources.cpus_per_actor
+        told = f"would be started here, with {here} CPUs"
+        if asked > here:
             return [Finding("ray", _ODD, f"{told}; actors ask for {asked}", "they will share: lower resources.actors")]
         return [_fine("ray", told)]
     import ray
@@ -125,7 +126,9 @@ def _ray(spec: JobSpec | None) -> list[Finding]:
         total = {kind: sum(node["Resources"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
         told = f"{address}: {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
         if spec is not None:
-            check_capacity(resources)
+            if lacking := too_small(resources):
+                remedy = "a cluster that scales will get one; else change the job"
+                return [Finding("ray", _ODD, f"{told}: {lacking}", remedy)]
             room = min(
                 total["CPU"] // resources.cpus_per_actor,
                 total["GPU"] // resources.gpus_per_actor if resources.gpus_per_actor else float("inf"),
@@ -174,7 +177,7 @@ def _memory(spec: JobSpec) -> list[Finding]:
     elif os.environ.get("RAY_ADDRESS"):
         return [_fine("memory", told)]
     else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / spec.resources.fewest
+        there = memory_bytes() / spec.resources.fewest
     told += f", of {there / 1e9:,.2f} GB"
     if needed > there:
         return [Finding("memory", _BAD, told, "lower resources.batch_size or actors, or set model.dtype to float16")]

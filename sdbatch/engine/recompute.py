@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.cluster import await_room, ray_session
 from sdbatch.engine.making.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
 from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
@@ -37,7 +37,7 @@ def recompute(store: Store, count: int, progress: Callable[[int, int], None]) ->
     signed = prepared.spec.output.c2pa is not None
     found, asked = Recomputed(by="pixels" if signed else "bytes"), 0
     with ray_session(prepared.spec.resources):
-        check_capacity(prepared.spec.resources)
+        await_room(prepared.spec.resources)
         resources = prepared.spec.resources
         remote: Any = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(Generator)
         actor = remote.remote(prepared.located.model_dump(mode="json"), job)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdbatch.dataset import write_job_card
 from sdbatch.engine.account import Account, Bill, check_budget, keeping_account
-from sdbatch.engine.cluster import check_capacity, ray_session
+from sdbatch.engine.cluster import await_room, ray_session
 from sdbatch.engine.costs.speeds import shape_of
 from sdbatch.engine.forecast import Forecast, forecast
 from sdbatch.engine.live import Live
@@ -146,7 +146,12 @@ def driving(prepared: Prepared, watch: Watch) -> Iterator[tuple[Watch, Check]]:
         hold_lease(prepared.store, lambda told: watch(Snapshot("waiting", note=told)), live.tell) as check,
         ray_session(prepared.spec.resources),
     ):
-        check_capacity(prepared.spec.resources)
+
+        def on_wait(told: str) -> None:
+            check()
+            live(Snapshot("waiting", note=told))
+
+        await_room(prepared.spec.resources, on_wait)
         yield live, check
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How a run stands. ``stage``: starting, waiting (is another driver alive?), planning, loading, making, done."""
+    """How a run stands. ``stage``: starting, waiting (for what, is in ``note``), planning, loading, making, done."""
 
     stage: str = "starting"
     rows: int = 0  # read while planning
@@ -23,7 +23,7 @@ class Snapshot:
     actors: int = 0  # whose model is loaded
     crew: tuple[Worker, ...] = ()  # they and those that still load
     deaths: int = 0
-    note: str = ""  # what is being waited for
+    note: str = ""
 
     @property
     def finished(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdbatch.engine import machine
 from sdbatch.engine.planning import batching
 from sdbatch.engine.planning.batching import decided, too_large
 from sdbatch.errors import UsageError
@@ -82,3 +84,11 @@ def test_the_number_is_in_the_plan_and_stays(
     monkeypatch.setattr(batching, "_ENOUGH", {"cpu": 64 * 64})
     assert sdbatch.json("run", job)["committed"] == 9
     assert "resources.batch_size: 128 → 4" in sdbatch("run", job, "--set", "resources.batch_size=4", code=2).stderr
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [(3.0, 3), (0.5, 1), (None, os.cpu_count())])
+def test_a_container_has_the_cores_of_its_quota(
+    quota: float | None, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: quota)
+    assert machine.cpus() == cpus

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sdbatch.errors import SpecError
+from sdbatch.ledger import read_driver
 from sdbatch.spec import Resources, parse_spec
 from sdbatch.storage import open_store
 from tests.conftest import CommandLine, Shell
@@ -118,11 +119,11 @@ def test_a_job_goes_on_while_nodes_come_are_drained_and_vanish(
     (tmp_path / "slowly").touch()
     nodes: Nodes = request.getfixturevalue("nodes")  # not before: this process has a Ray of its own
     store = open_store(str(tmp_path / "out"))
-    nodes.add("first")
-    while "first" not in nodes.ids():
-        assert nodes.workers["first"].poll() is None
     process = shell.start("run", job, "--json")
     try:
+        # The head has no CPUs: the job asks for a node, and says that it waits for one.
+        wait_until(lambda: "no node of the cluster has" in str(read_driver(store)), process)
+        nodes.add("first")
         wait_for_commits(process, store, 1)
         nodes.add("second")
         wait_until(lambda: nodes.working("second"), process)

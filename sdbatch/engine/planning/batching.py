@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from sdbatch.engine.machine import memory_bytes
 from sdbatch.engine.models.loading import Footprint, footprint
 from sdbatch.errors import UsageError
 from sdbatch.ledger import Job
@@ -46,7 +45,7 @@ def decided(spec: JobSpec, facts: ModelFacts, standing: Job | None) -> JobSpec:
 def device_bytes(resources: Resources) -> int | None:
     """What an actor's tensors can take of the memory here; None for a GPU job where no GPU is to be seen."""
     if resources.device == "cpu":
-        whole: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / resources.fewest
+        whole: float = memory_bytes() / resources.fewest
     else:
         import torch  # takes seconds
 
