@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
 from sdbatch.dataset import write_job_card
 from sdbatch.engine.account import Account, Bill, check_budget, keeping_account
@@ -50,6 +53,8 @@ from sdbatch.spec import JobSpec, overridden
 
 #: A job is never stopped for so few failures, whatever fraction they are.
 _FEW_FAILURES = 10
+#: Shards without anything to make that are committed at once: each waits for the store a few times.
+_COMMITTERS = 16
 
 
 #: Raises OutputError once another driver has taken over.
@@ -195,7 +200,7 @@ class _Making:
             if edition > 1:  # counted by themselves: they are committed already
                 self._now = Snapshot("loading", planned=todo.images)
             self._watch(self._now)
-            for receipt in self._commit_faulty(spec, _in_edition(edition, todo.makeable(False))):
+            for receipt in self._commit_faulty(spec, todo.makeable(False), edition):
                 self._count(receipt, spec)
                 collector.committed(receipt.shard)
             self._deaths_before = self._now.deaths
@@ -264,17 +269,24 @@ class _Making:
                 f"({fraction:g}) allows; see 'sdbatch errors {self._store.uri}'"
             )
 
-    def _commit_faulty(self, spec: JobSpec, shards: Iterable[Shard]) -> Iterator[Receipt]:
+    def _commit_faulty(self, spec: JobSpec, shards: Shards, edition: int) -> Iterator[Receipt]:
         """Commit the shards of requests that were refused at plan time: there is nothing to make."""
         committer = ShardCommitter(self._store, spec, self._job, self._job.versions)
-        for shard in shards:
-            table = read_slice(self._store, self._job, shard.slice).slice(shard.offset, shard.count)
+
+        def commit(table: pa.Table, shard: Shard) -> Receipt:
             rows = [
-                metadata_row(self._job, shard.number, request, error=request.fault) for request in from_table(table)
+                metadata_row(self._job, shard.number, request, error=request.fault)
+                for request in from_table(table.slice(shard.offset, shard.count))
             ]
             ended = [Ended(row, None) for row in rows]
             record = committer.finish_started(shard) or committer.commit(shard, ended, {}, writer="driver")
-            yield Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
+            return Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
+
+        with ThreadPoolExecutor(_COMMITTERS) as threads:
+            for number in np.unique(shards.column("slice")):
+                self._check()
+                table = read_slice(self._store, self._job, int(number))
+                yield from threads.map(partial(commit, table), _in_edition(edition, shards.of_slice(int(number))))
 
 
 def _in_edition(edition: int, shards: Iterable[Shard]) -> Iterator[Shard]:

@@ -4,10 +4,10 @@
 
 Both make the same pictures from the same requests in the same batches, in as many processes of one thread each, and
 each has the machine for itself in its turns: every three seconds the processes of one are stopped, and those of the
-other go on. So a machine whose speed changes by the minute is as fast for one as for the other. What is counted is time of a
-party's own turns, its first batch and its last shard included; start-up is told apart. With fewer processes than cores
-each model has a core of its own, as a GPU would be; with as many it shares them with Ray. The share of the run's time
-in which the threads of its models had a core says how long they waited.
+other go on. So a machine whose speed changes by the minute is as fast for one as for the other. What is counted is time
+of a party's own turns, its first batch and its last shard included; start-up is told apart. With fewer processes than
+cores each model has a core of its own, as a GPU would be; with as many it shares them with Ray. The share of the run's
+time in which the threads of its models had a core says how long they waited.
 """
 
 from __future__ import annotations
