@@ -19,7 +19,7 @@ from sdbatch.ledger import (
     Commits,
     Job,
     Round,
-    changed_for,
+    Rounds,
     examine,
     newest_round,
     put_round,
@@ -81,6 +81,7 @@ def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> 
 
     def damaged(job: Job) -> Iterator[_Found]:
         renew_totals(store)
+        rounds = Rounds(store)
         for done, found in enumerate(examine(store, job, read_stored, opens), 1):
             progress(done, job.shards)
             for key in found.leftover:
@@ -88,7 +89,7 @@ def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> 
             if found.record is not None and not found.sound:
                 by_changes: dict[tuple[str, ...], list[int]] = {} if found.damaged else {(): []}
                 for position in found.damaged:
-                    changed = changed_for(store, found.record.shard, found.record.edition, position)
+                    changed = rounds.changed_for(found.record.shard, found.record.edition, position)
                     by_changes.setdefault(changed, []).append(position)
                 for changed, positions in by_changes.items():
                     yield changed, found.record, tuple(positions)

@@ -14,9 +14,9 @@ from sdbatch.ledger import (
     DROPPED,
     Commits,
     Job,
+    Rounds,
     Shard,
     Shards,
-    changed_for,
     read_job,
     read_shards,
     read_slice,
@@ -53,7 +53,7 @@ def remake(store: Store, image: str) -> Remade:
     if row["status"] != "committed":
         remedy = "sdbatch retry … --set checks.…" if row["error"].startswith(DROPPED) else "sdbatch retry"
         raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; '{remedy}' tries it again")
-    prepared = prepared_again(store, job, changed_for(store, record.shard, record.edition, position))
+    prepared = prepared_again(store, job, Rounds(store).changed_for(record.shard, record.edition, position))
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
     shard = replace(shard, edition=record.edition)

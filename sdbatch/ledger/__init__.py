@@ -32,7 +32,7 @@ from sdbatch.ledger.plan import (
 )
 from sdbatch.ledger.progress import Progress, Status, failures, read_progress, read_status
 from sdbatch.ledger.reasons import DROPPED, count_reasons, reason
-from sdbatch.ledger.rounds import Again, Round, changed_for, newest_round, put_round, read_round
+from sdbatch.ledger.rounds import Again, Round, Rounds, newest_round, put_round
 from sdbatch.ledger.runs import Run, begin_run, dollars, put_run, read_runs, spent_usd
 from sdbatch.ledger.verify import Findings, Opens, Read, Verdict, examine, examine_shard, verify
 
@@ -50,6 +50,7 @@ __all__ = [
     "Progress",
     "Read",
     "Round",
+    "Rounds",
     "Run",
     "Shard",
     "Shards",
@@ -57,7 +58,6 @@ __all__ = [
     "Status",
     "Verdict",
     "begin_run",
-    "changed_for",
     "collect",
     "count_reasons",
     "dollars",
@@ -77,7 +77,6 @@ __all__ = [
     "read_driver",
     "read_job",
     "read_progress",
-    "read_round",
     "read_runs",
     "read_shards",
     "read_slice",

@@ -63,7 +63,7 @@ def put_round(store: Store, found: Round) -> bool:
     return store.put_if_absent(_key(found.edition), json.dumps(content, sort_keys=True).encode())
 
 
-def read_round(store: Store, edition: int) -> Round:
+def _read_round(store: Store, edition: int) -> Round:
     key = _key(edition)
     try:
         content = json.loads(store.get(key))
@@ -76,22 +76,33 @@ def read_round(store: Store, edition: int) -> Round:
         raise StorageError(f"{store.uri}/{key} is damaged: {error}") from None
 
 
-def changed_for(store: Store, number: int, edition: int, position: int) -> tuple[str, ...]:
-    """What of the spec was otherwise when a picture of shard ``number``, as of this edition, was made."""
-    while edition > 1:
-        found = read_round(store, edition)
-        again = found.shards[number]
-        if position in again.positions:
-            return found.changed
-        edition = again.before
-    return ()
+class Rounds:
+    """The rounds of an output, each read once, when it is first asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[int, Round] = {}
+
+    def __getitem__(self, edition: int) -> Round:
+        if edition not in self._known:
+            self._known[edition] = _read_round(self._store, edition)
+        return self._known[edition]
+
+    def changed_for(self, number: int, edition: int, position: int) -> tuple[str, ...]:
+        """What of the spec was otherwise when a picture of shard ``number``, as of this edition, was made."""
+        while edition > 1:
+            again = self[edition].shards[number]
+            if position in again.positions:
+                return self[edition].changed
+            edition = again.before
+        return ()
 
 
 def newest_round(store: Store) -> Round | None:
     """The round begun last, if there ever was one."""
     names = (re.search(r"/(\d+)\.json$", entry.key) for entry in store.list(_PREFIX))
     editions = [int(name[1]) for name in names if name]
-    return read_round(store, max(editions)) if editions else None
+    return _read_round(store, max(editions)) if editions else None
 
 
 def _key(edition: int) -> str:

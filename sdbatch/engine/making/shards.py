@@ -22,13 +22,12 @@ from sdbatch.ledger import (
     Again,
     CommitRecord,
     Job,
-    Round,
+    Rounds,
     Shard,
     count_reasons,
     find_commit,
     put_commit,
     read_collected,
-    read_round,
     shard_stem,
 )
 from sdbatch.outputs import (
@@ -100,7 +99,7 @@ class ShardCommitter:
         self._kept, self._templated = spec.kept, spec.prompt.templated
         self._job = job
         self._environment = environment
-        self._rounds: dict[int, Round] = {}
+        self._rounds = Rounds(store)
         self._checked = check_columns(spec.checks)
         self.writer = FORMATS[spec.output.format](store, spec.output.image.type, checked=self._checked)
         self._copies, self._signer = copies(spec.output), signer
@@ -252,8 +251,6 @@ class ShardCommitter:
         return record
 
     def _again(self, shard: Shard) -> Again:
-        if shard.edition not in self._rounds:
-            self._rounds[shard.edition] = read_round(self._store, shard.edition)
         return self._rounds[shard.edition].shards[shard.number]
 
     def _before(self, shard: Shard) -> CommitRecord:
