@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sdbatch import cli
 from sdbatch.ledger import Again, Round, put_round
 from sdbatch.storage import LocalStore
 from tests.conftest import CommandLine
@@ -80,9 +81,13 @@ def test_what_a_retry_made_otherwise_is_repaired_as_it_was(
     assert sdbatch.json("remake", "out", "00000000-0", "--to", "again.jpeg")["same"]
 
 
-def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(sdbatch: CommandLine) -> None:
-    ended = sdbatch("retry", "out", "--set", "generate.seed=8", code=2)
-    assert "generate.seed=8: can't be changed for a retry" in ended.stderr
+@pytest.mark.parametrize("change", ["generate.seed=8", "output.image.type=webp", "output.image={type: webp}"])
+def test_what_the_plan_has_fixed_cannot_be_changed_for_a_retry(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor in which form pictures are: those that stay are beside the new ones, and end alike."""
+    assert cli.call(["retry", str(tmp_path), "--set", change]) == 2
+    assert f"{change}: can't be changed for a retry" in capsys.readouterr().err
 
 
 def test_other_settings_are_for_what_is_made_again_alone(sdbatch: CommandLine, job: Path, tmp_path: Path) -> None:
