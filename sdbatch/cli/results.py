@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from sdbatch import dataset, ledger
 from sdbatch.cli.console import bar, facts, plain, print_json, size, tell, watching
-from sdbatch.cli.jobs import Set, report_outcome
+from sdbatch.cli.jobs import report_outcome
 from sdbatch.errors import OutputError, StorageError, UsageError
 from sdbatch.outputs import opens, read_pictures, read_stored
 from sdbatch.report import write_report
@@ -19,6 +19,10 @@ from sdbatch.storage import Store, open_store
 
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output of a job: a folder or s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Here = Annotated[
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="Where something lies now: input.uri=/data/prompts.csv."),
+]
 
 _SHOWN = 20
 
@@ -27,10 +31,13 @@ def verify(
     output: Output,
     sample: Annotated[float, typer.Option(min=0.0, max=1.0, help="Read only this fraction of the shards.")] = 1.0,
     recompute: Annotated[int, typer.Option(min=0, help="Make so many images again and compare their bytes.")] = 0,
+    set_: Here = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Prove from the stored bytes that every planned image ended exactly once."""
     store = open_output(output)
+    if set_ and not recompute:
+        raise UsageError("--set: is for images that are made again; add --recompute")
     exported = dataset.read_manifest(store)
     if exported is not None and (sample < 1 or recompute):
         raise UsageError(
@@ -50,7 +57,7 @@ def verify(
         from sdbatch.engine.recompute import recompute as make_again  # Ray and torch take seconds to import
 
         with bar("making again") as update:
-            made_again = make_again(store, recompute, lambda done, total: update(done, total, "images"))
+            made_again = make_again(store, recompute, set_, lambda done, total: update(done, total, "images"))
     ok = verdict.ok and (made_again is None or not made_again.different)
     if as_json:
         again = {} if made_again is None else {"recomputed": made_again.same, "different": made_again.different}
@@ -79,26 +86,36 @@ def verify(
         raise typer.Exit(1)
 
 
-def retry(output: Output, set_: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def retry(
+    output: Output,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Make them otherwise: model.dtype=float32, resources.actors=2."
+        ),
+    ] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
     """Run the quarantined requests again, with the same seeds."""
+    from sdbatch.engine.mending import deciding_of
     from sdbatch.engine.mending import retry as make_again
 
     store = open_output(output)
     with watching() as watch:
         outcome = make_again(store, set_, watch)
-    if outcome.status.dropped and not set_ and not as_json:
+    if outcome.status.dropped and not deciding_of(set_) and not as_json:
         left = f"{outcome.status.dropped:,} pictures that checks dropped were left: their seeds would give them again"
         tell(f"{left}; [bold]--set checks.…[/] makes them by other rules")
     report_outcome(outcome, as_json=as_json)
 
 
-def repair(output: Output, as_json: Json = False) -> None:
+def repair(output: Output, set_: Here = [], as_json: Json = False) -> None:  # noqa: B006
     """Make again what 'verify' finds missing or altered."""
     from sdbatch.engine.mending import repair as make_again
 
     store = open_output(output)
     with watching() as watch, bar("verifying") as update:
-        outcome = make_again(store, watch, lambda done, total: update(done, total, "shards"))
+        outcome = make_again(store, set_, watch, lambda done, total: update(done, total, "shards"))
     report_outcome(outcome, as_json=as_json)
 
 
@@ -160,6 +177,7 @@ def remake(
     output: Output,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Its image_id, or SHARD/POSITION.")],
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="Where the picture is written.")],
+    set_: Here = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Make one picture again, as it was planned, and compare its bytes with the stored ones."""
@@ -167,7 +185,7 @@ def remake(
         raise UsageError(f"--to: {plain(str(to))} should name a file in a folder that is there")
     from sdbatch.engine.remake import remake as make_again  # Ray and torch take seconds to import
 
-    found = make_again(open_output(output), image)
+    found = make_again(open_output(output), image, set_)
     try:
         to.write_bytes(found.data)
     except OSError as error:

@@ -11,7 +11,7 @@ from sdbatch.engine.planning.planner import Prepared, prepare
 from sdbatch.engine.runner import Outcome, driving, finish
 from sdbatch.engine.snapshot import Watch
 from sdbatch.engine.webhook import check_notify, telling
-from sdbatch.errors import Problem, SpecError, UsageError
+from sdbatch.errors import InputError, ModelError, Problem, SpecError, UsageError
 from sdbatch.ledger import (
     DROPPED,
     Again,
@@ -29,15 +29,30 @@ from sdbatch.ledger import (
     renew_totals,
 )
 from sdbatch.outputs import check_columns, decode_metadata, opens, read_stored
-from sdbatch.spec import JobSpec, overridden, parse_spec
+from sdbatch.spec import overridden, parse_spec
 from sdbatch.storage import Store
 
-#: Sections and fields that may be changed for a retry: what the plan has fixed for each request may not.
+#: What decides no picture, where things lie and who does the work: any command that makes pictures takes it, for
+#: itself alone.
+_HERE = (
+    "input.uri",
+    "prompt.wildcards",
+    "model.uri",
+    "model.tokenizer",
+    "checks.clip_score.model",
+    "checks.safety.model",
+    "resources.actors",
+    "resources.usd_per_gpu_hour",
+    "resources.budget_usd",
+    "failures.",
+    "notify.",
+)
+#: What says where things lie and more, which has to stay.
+_PARTLY_HERE = ("model.loras", "model.embeddings", "output.c2pa.")
+#: What may also be changed for a retry: what the plan has fixed for each request may not.
 _CHANGEABLE = (
     "model.",
     "resources.",
-    "failures.",
-    "notify.",
     "output.image.quality",
     "output.image.lossless",
     "output.c2pa.",
@@ -55,29 +70,35 @@ _Found = tuple[tuple[str, ...], CommitRecord, tuple[int, ...]]
 def retry(store: Store, changed: Sequence[str], watch: Watch) -> Outcome:
     """Run the quarantined requests again, with their seeds and in their slots.
 
-    ``changed`` are fields of the spec, ``field=value``, that are to be otherwise this time; they are recorded.
-    Requests that were refused at plan time stay so, and pictures that checks dropped unless something has changed: the
-    same seeds would give the same pictures. What an earlier run left undone is made, too, but not
-    with changes that decide what pictures look like.
+    ``changed`` are fields of the spec, ``field=value``, that are to be otherwise this time; those that decide what
+    pictures look like are recorded. Requests that were refused at plan time stay so, and pictures that checks dropped
+    unless something that decides has changed: the same seeds would give the same pictures. What an earlier run left
+    undone is made, too, but not with such changes.
     """
+    _check_changeable(changed, (*_HERE, *_CHANGEABLE), "a retry")
     for change in changed:
-        if not change.startswith(_CHANGEABLE):
-            fields = ", ".join(f"{name}*" if name.endswith(".") else name for name in _CHANGEABLE)
-            raise SpecError("--set", [Problem(change, "can't be changed for a retry", f"what can: {fields}")])
         if change in {"model.dtype=auto", "resources.batch_size=auto"}:
             raise SpecError("--set", [Problem(change, "is decided with the plan, which stands", "write a value")])
+    recorded = deciding_of(changed)
+    here = [change for change in changed if change not in recorded]
 
     def quarantined(job: Job) -> Iterator[_Found]:
-        return ((tuple(changed), *found) for found in _quarantined(store, job, bool(changed)))
+        return ((recorded, *found) for found in _quarantined(store, job, bool(recorded)))
 
-    return _again(store, "retry", tuple(changed), quarantined, watch)
+    return _again(store, "retry", recorded, here, quarantined, watch)
 
 
-def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
+def deciding_of(changed: Sequence[str]) -> tuple[str, ...]:
+    """Of the changes for a retry those that decide what pictures look like, or may."""
+    return tuple(change for change in changed if not change.startswith(_HERE))
+
+
+def repair(store: Store, here: Sequence[str], watch: Watch, progress: Callable[[int, int], None]) -> Outcome:
     """Make again what ``verify`` finds missing or altered, and what an earlier run left undone; remove leftovers.
 
     A shard whose record is wrong, or what lies beside its pictures, gets a new edition with the same pictures. Pictures
-    that a retry made with other settings are made with these again, in a round of their own.
+    that a retry made with other settings are made with these again, in a round of their own. ``here``: see
+    :func:`prepared_again`.
     """
 
     def damaged(job: Job) -> Iterator[_Found]:
@@ -95,20 +116,21 @@ def repair(store: Store, watch: Watch, progress: Callable[[int, int], None]) -> 
                 for changed, positions in by_changes.items():
                     yield changed, found.record, tuple(positions)
 
-    return _again(store, "repair", (), damaged, watch)
+    return _again(store, "repair", (), here, damaged, watch)
 
 
 def _again(
     store: Store,
     kind: str,
     changed: tuple[str, ...],
+    here: Sequence[str],
     find: Callable[[Job], Iterator[_Found]],
     watch: Watch,
 ) -> Outcome:
     """Begin a round of what ``find`` finds, one for each set of changes, and make it."""
     started = time.perf_counter()
     job = read_job(store)
-    prepared = prepared_again(store, job, changed)
+    prepared = prepared_again(store, job, changed, here)
     _check_alone(store, job, changed)
     check_notify(prepared.spec.notify)
     with telling(prepared.spec, store), driving(prepared, watch) as (watch, check):
@@ -129,6 +151,14 @@ def _again(
             put_round(store, Round(edition, kind, changes, shards))
             outcomes.append(finish(prepared, job, watch, check, started))
         return _together(outcomes) if outcomes else finish(prepared, job, watch, check, started)
+
+
+def _check_changeable(changes: Sequence[str], fields: Sequence[str], purpose: str) -> None:
+    """Raise SpecError where a change is none of these fields'; those that end in a dot are whole sections."""
+    for change in changes:
+        if not change.startswith(tuple(fields)):
+            told = ", ".join(f"{name}*" if name.endswith(".") else name for name in fields)
+            raise SpecError("--set", [Problem(change, f"can't be changed for {purpose}", f"what can: {told}")])
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
@@ -153,12 +183,26 @@ def _check_alone(store: Store, job: Job, changed: Sequence[str]) -> None:
         )
 
 
-def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:
-    """The job as it was planned, but for the changes. Raises UsageError when its model is another one now."""
+def prepared_again(store: Store, job: Job, changed: Sequence[str], here: Sequence[str]) -> Prepared:
+    """The job as it was planned, but for the changes. ``here``: ``field=value`` that say where things lie now, and who
+    does the work.
+
+    Raises UsageError when its model is another one now, or when ``here`` says more than that.
+    """
     planned = parse_spec(job.spec, "the output's job.yaml")
-    spec: JobSpec = overridden(planned, changed)
+    made = overridden(planned, changed)
+    _check_changeable(here, (*_HERE, *_PARTLY_HERE), "what is made as it was")
+    spec = overridden(made, here)
+    if spec.deciding() != made.deciding():
+        raise UsageError(
+            f"--set {' '.join(here)}: would make other pictures than were made; change nothing but where things lie"
+        )
     spec = spec.model_copy(update={"output": spec.output.model_copy(update={"uri": store.uri})})
-    prepared = prepare(spec)
+    try:
+        prepared = prepare(spec)
+    except (InputError, ModelError) as error:
+        moved = "where it lies now is said by --set, as in --set input.uri=… or --set model.uri=…"
+        raise type(error)(f"{error}; {moved}") from None
     if prepared.model.sha256 != job.model_sha256:
         raise UsageError(
             f"model.uri: {spec.model.uri} is another model than the job was planned with; name where that one lies now "
@@ -167,7 +211,8 @@ def prepared_again(store: Store, job: Job, changed: Sequence[str]) -> Prepared:
     for name, sha256 in prepared.checks.sha256.items():
         if sha256 != job.deciding.get("check_models", {}).get(name, sha256):
             raise UsageError(
-                f"checks.{name}.model: is another model than the job was planned with; name where that lies"
+                f"checks.{name}.model: is another model than the job was planned with; name where that one lies now "
+                f"by --set checks.{name}.model=…"
             )
     if check_columns(spec.checks) != check_columns(planned.checks):
         raise UsageError(

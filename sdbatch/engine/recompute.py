@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +27,14 @@ class Recomputed:
     by: str = "bytes"
 
 
-def recompute(store: Store, count: int, progress: Callable[[int, int], None]) -> Recomputed:
+def recompute(store: Store, count: int, here: Sequence[str], progress: Callable[[int, int], None]) -> Recomputed:
     """Make ``count`` committed images again, spread by chance over the job, always the same ones.
 
-    Shards that were mended since are left out: not all of their pictures were made with one spec.
+    Shards that were mended since are left out: not all of their pictures were made with one spec. ``here``: see
+    :func:`prepared_again`.
     """
     job = read_job(store)
-    prepared = prepared_again(store, job, ())
+    prepared = prepared_again(store, job, (), here)
     signed = prepared.spec.output.c2pa is not None
     found, asked = Recomputed(by="pixels" if signed else "bytes"), 0
     with ray_session(prepared.spec.resources):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sdbatch.engine.making.generator import Generator, looks_of
@@ -38,8 +38,10 @@ class Remade:
     differs: tuple[str, ...]
 
 
-def remake(store: Store, image: str) -> Remade:
+def remake(store: Store, image: str, here: Sequence[str] = ()) -> Remade:
     """Make a committed picture again, in this process; ``image`` is its id, or SHARD/POSITION.
+
+    ``here``: see :func:`prepared_again`.
 
     Raises UsageError when there is no such picture.
     """
@@ -53,7 +55,8 @@ def remake(store: Store, image: str) -> Remade:
     if row["status"] != "committed":
         remedy = "sdbatch retry … --set checks.…" if row["error"].startswith(DROPPED) else "sdbatch retry"
         raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; '{remedy}' tries it again")
-    prepared = prepared_again(store, job, Rounds(store).changed_for(record.shard, record.edition, position))
+    changed = Rounds(store).changed_for(record.shard, record.edition, position)
+    prepared = prepared_again(store, job, changed, here)
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
     shard = replace(shard, edition=record.edition)

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 from sdbatch import cli
+from sdbatch.engine.mending import deciding_of
 from sdbatch.ledger import Again, Round, put_round
+from sdbatch.spec import overridden, parse_spec
 from sdbatch.storage import LocalStore
 from tests.conftest import CommandLine
+from tests.ledger.planned import Planned
 
 Write = Callable[..., Path]
 
@@ -57,7 +60,7 @@ def test_what_failed_is_retried_and_nothing_else_touched(sdbatch: CommandLine, j
     assert verdict["ok"]
     assert verdict["extra"] == []
     rounds = [json.loads(store.get(entry.key)) for entry in store.list("_sdbatch/rounds/")]
-    assert [found["changed"] for found in rounds] == [[], ["resources.actors=2"]]
+    assert [found["changed"] for found in rounds] == [[], []]  # who does the work decides nothing
     sdbatch("run", job, code=3)  # is done, and stays so
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == {n: row["sha256"] for n, row in after.items()}
 
@@ -68,17 +71,83 @@ def test_what_a_retry_made_otherwise_is_repaired_as_it_was(
     (tmp_path / "prompts.csv").write_text("prompt,start\na red circle,late.png\na blue ring,\n")
     image = {"type": "jpeg", "quality": 90}
     sections = {"model": {"uri": "builtin:null"}, "output": {"image": image}, "failures": {"max_failed_fraction": 1}}
-    sdbatch("run", write_job(**sections, input={"columns": {"init_image": "start"}}), code=3)
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "late.png")
-    sdbatch("retry", "out", "--set", "output.image.quality=10")
+    table = {"uri": "prompts.csv", "columns": {"init_image": "start"}}
+    sdbatch("run", write_job(**sections, input=table), code=3)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "prompts.csv").rename(tmp_path / "moved/prompts.csv")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "moved/late.png")
+    here = ("--set", "input.uri=moved/prompts.csv")
+    sdbatch("retry", "out", "--set", "output.image.quality=10", *here)
     before, store = {row["image_id"]: row["sha256"] for row in rows(tmp_path)}, LocalStore(tmp_path / "out")
     assert len(before) == 2
     for row in rows(tmp_path):
         store.delete(str(row["path"]))
-    assert sdbatch.json("repair", "out")["made_now"] >= 2
+    lost = sdbatch("repair", "out", code=2).stderr
+    assert "prompts.csv names no table" in lost
+    assert "where it lies now is said by --set" in lost
+    assert sdbatch.json("repair", "out", *here)["made_now"] >= 2
     assert {row["image_id"]: row["sha256"] for row in rows(tmp_path)} == before
-    assert sdbatch.json("verify", "out")["ok"]
-    assert sdbatch.json("remake", "out", "00000000-0", "--to", "again.jpeg")["same"]
+    assert sdbatch.json("verify", "out", "--recompute", "1", *here)["ok"]
+    assert sdbatch.json("remake", "out", "00000000-0", "--to", "again.jpeg", *here)["same"]
+    rounds = [json.loads(store.get(entry.key)) for entry in store.list("_sdbatch/rounds/")]
+    assert sorted(found["changed"] for found in rounds) == [[], *2 * [["output.image.quality=10"]]]
+
+
+@pytest.mark.parametrize("change", ["model.dtype=float16", "checks.clip_score.min=0.2", "output.uri=elsewhere"])
+def test_what_is_made_as_it_was_is_told_only_where_things_lie(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Planned(LocalStore(tmp_path)).commit(0)
+    for command in (["repair", str(tmp_path)], ["remake", str(tmp_path), "0/0", "--to", "x.png"]):
+        assert cli.call([*command, "--set", change]) == 2
+        assert (
+            f"{change}: can't be changed for what is made as it was (what can: input.uri, " in capsys.readouterr().err
+        )
+
+
+def test_weights_that_are_added_elsewhere_weigh_what_they_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Planned(LocalStore(tmp_path))
+    assert cli.call(["repair", str(tmp_path), "--set", "model.loras=[{uri: moved.safetensors}]"]) == 2
+    assert "would make other pictures than were made" in capsys.readouterr().err
+
+
+#: Each as another place or number than the job below has.
+HERE = (
+    "input.uri=moved.csv",
+    "prompt.wildcards=moved",
+    "model.uri=moved",
+    "model.tokenizer=moved",
+    "checks.clip_score.model=moved",
+    "checks.safety.model=moved",
+    "resources.actors=7",
+    "resources.usd_per_gpu_hour=2.5",
+    "resources.budget_usd=9.0",
+    "failures.max_attempts=7",
+    "notify.url=https://example.org",
+)
+
+
+def test_a_round_remembers_what_decides_pictures() -> None:
+    checks = {"clip_score": {"model": "here", "min": 0.1}, "safety": {"model": "here"}}
+    prompt = {"template": "a {__colours__|red} ring", "wildcards": "here"}
+    spec = parse_spec(
+        {
+            "name": "t",
+            "input": {"uri": "x.csv"},
+            "output": {"uri": "out"},
+            "prompt": prompt,
+            "checks": checks,
+            "resources": {"usd_per_gpu_hour": 1.0},
+        }
+    )
+    for change in HERE:
+        assert overridden(spec, [change]).deciding() == spec.deciding()
+    assert deciding_of([*HERE, "model.dtype=float16", "resources.batch_size=2"]) == (
+        "model.dtype=float16",
+        "resources.batch_size=2",
+    )
 
 
 @pytest.mark.parametrize("change", ["generate.seed=8", "output.image.type=webp", "output.image={type: webp}"])
