@@ -13,6 +13,7 @@ import ray
 from sdbatch.engine.cluster import await_room, ray_session
 from sdbatch.engine.making.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
+from sdbatch.engine.planning.tasks import result_of
 from sdbatch.ledger import Commits, Job, Shard, Shards, read_job, read_shards
 from sdbatch.outputs import decode_metadata, pixels_sum, read_pictures
 from sdbatch.storage import Store
@@ -42,9 +43,10 @@ def recompute(store: Store, count: int, here: Sequence[str], progress: Callable[
         resources = prepared.spec.resources
         remote: Any = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(Generator)
         actor = remote.remote(prepared.located.model_dump(mode="json"), job)
-        ray.get(actor.load.remote())
+        result_of(actor.load.remote(), "making again")
         for shard, positions, all_rows in _chosen(store, job, count):
-            sums = ray.get(actor.checksums.remote(shard, positions, looks_of(dict(enumerate(all_rows)))))
+            looks = looks_of(dict(enumerate(all_rows)))
+            sums = result_of(actor.checksums.remote(shard, positions, looks), "making again")
             rows = {position: all_rows[position] for position in positions}
             stored = _pixels(store, rows) if signed else {position: row["sha256"] for position, row in rows.items()}
             for position, row in rows.items():

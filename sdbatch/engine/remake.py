@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from sdbatch.engine.making.generator import Generator, looks_of
 from sdbatch.engine.mending import prepared_again
+from sdbatch.engine.models.latent_model import is_there
 from sdbatch.errors import JobFailed, UsageError
 from sdbatch.ledger import (
     DROPPED,
@@ -43,7 +44,7 @@ def remake(store: Store, image: str, here: Sequence[str] = ()) -> Remade:
 
     ``here``: see :func:`prepared_again`.
 
-    Raises UsageError when there is no such picture.
+    Raises UsageError when there is no such picture, or no such device as made it.
     """
     job = read_job(store)
     shard, position = _find(store, job, image)
@@ -57,6 +58,8 @@ def remake(store: Store, image: str, here: Sequence[str] = ()) -> Remade:
         raise UsageError(f"IMAGE: {image} is quarantined: {row['error']}; '{remedy}' tries it again")
     changed = Rounds(store).changed_for(record.shard, record.edition, position)
     prepared = prepared_again(store, job, changed, here)
+    if not is_there(prepared.spec.resources.device):
+        raise UsageError(f"IMAGE: {image} was made on a GPU, and there is none here; run this where there is one")
     generator = Generator(prepared.located.model_dump(mode="json"), job)
     environment = generator.load()
     shard = replace(shard, edition=record.edition)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from sdbatch import cli
 from sdbatch.engine.mending import deciding_of
+from sdbatch.engine.recompute import recompute
+from sdbatch.errors import StorageError
 from sdbatch.ledger import Again, Round, put_round
 from sdbatch.spec import overridden, parse_spec
 from sdbatch.storage import LocalStore
@@ -182,6 +184,12 @@ def test_what_was_lost_or_altered_is_repaired_to_the_same_bytes(
     data = [entry.key for entry in store.list("data/") if not entry.key.endswith("/metadata.parquet")]
     again = sdbatch.json("verify", "out", "--recompute", "4")
     assert (again["ok"], again["recomputed"], again["different"]) == (True, 4, [])
+    requests = next(entry.key for entry in store.list("_sdbatch/plan/") if "/requests-" in entry.key)
+    planned = store.get(requests)
+    store.put(requests, planned[:100])
+    with pytest.raises(StorageError, match=r"^\S+ is damaged: [^\n]*$"):  # told by an actor, as it is told here
+        recompute(store, 1, [], lambda done, total: None)
+    store.put(requests, planned)
     store.delete(data[0])
     store.put(data[-1], store.get(data[-1])[:300] + b"x" * 300)
     store.delete("metadata/0000001.parquet")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from sdbatch.diffusion import LatentDiffusion
 from sdbatch.prompts import image_seed
-from sdbatch.storage import Store, open_store
+from sdbatch.storage import LocalStore, Store, open_store
 from tests.conftest import CommandLine, Shell
 from tests.drawn import drawn
 from tests.report.reading import read_report
@@ -158,6 +158,14 @@ def test_a_job_from_table_to_report(shell: Shell, sdbatch: CommandLine, write_jo
     for wrong, said in (("none", "no image none"), ("2/4", "no image 2/4"), ("9/0", "no image 9/0")):
         assert said in sdbatch("remake", "out", wrong, "--to", "again.png", code=2).stderr
     assert "--to: " in sdbatch("remake", "out", "1/7", "--to", "no/again.png", code=2).stderr
+    store, key = LocalStore(tmp_path / "out"), "_sdbatch/job.yaml"
+    planned = store.get(key)
+    store.put(key, planned.replace(b"gpus_per_actor: 0.0", b"gpus_per_actor: 1.0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        told = sdbatch("remake", "out", "1/7", "--to", "again.png", code=2).stderr
+    assert "1/7 was made on a GPU, and there is none here" in told
+    store.put(key, planned)
     again = sdbatch.json("run", job)
     assert (again["state"], again["made_now"]) == ("complete", 0)
 
