@@ -17,11 +17,19 @@ from rich.text import Text
 from sdbatch import ledger
 from sdbatch.cli.console import of_checks, people, plain, print_json, size, span, tell
 from sdbatch.cli.results import Json, Output, open_output
-from sdbatch.errors import Interrupted
-from sdbatch.ledger import DEAD, Driver, Progress
+from sdbatch.errors import Interrupted, OutputError
+from sdbatch.ledger import DEAD, Driver, Progress, Status
 
 _REASONS, _ACTORS = 8, 16
 _WIDTH = 72  # of the bar, at most
+#: What a driver is at, in words; by its stage.
+_STAGES = {
+    "starting": "is being started",
+    "planning": "is being planned",
+    "loading": "has its model loaded",
+    "making": "is being made",
+    "done": "is being finished",
+}
 
 
 def status(output: Output, as_json: Json = False) -> None:
@@ -72,8 +80,14 @@ def watch(
 def _looks(read: Any, every: float) -> Iterator[Progress]:
     """One look after the other, until the job is complete or nobody is at work on it."""
     beat, alive_at, met = None, time.monotonic(), False
+    found: Progress | None = None
     while True:
-        found: Progress = read()
+        try:
+            found = read()
+        except OutputError:  # where its driver ended before there was a plan, there is nothing more to see
+            if found is None or found.status.state != "planning":
+                raise
+            return
         now = found.driver and (found.driver.host, found.driver.pid, found.driver.now)
         # Whose heart beats is alive, whatever the two machines' clocks say.
         alive = found.at_work or (found.driver is not None and found.driver.state == "silent" and now != beat)
@@ -91,7 +105,9 @@ def _looks(read: Any, every: float) -> Iterator[Progress]:
 def _line(found: Progress) -> str:
     """Where there is no terminal."""
     status, left = found.status, found.seconds_left
-    parts = [f"{plain(status.name)}: {_doing(found)}", f"{_done(found):,} of {status.planned:,}"]
+    parts = [f"{_name(status)}: {_doing(found)}"]
+    parts += [f"{rows:,} rows read"] if (rows := _rows(found)) else []
+    parts += [f"{_done(found):,} of {status.planned:,}"] if status.planned else []
     parts += [f"{status.quarantined:,} quarantined"] if status.quarantined else []
     parts += [f"{found.images_per_second:,.1f} images/s"] if found.images_per_second and found.at_work else []
     parts += [f"{span(left)} left"] if left is not None and found.at_work else []
@@ -101,12 +117,13 @@ def _line(found: Progress) -> str:
 def _view(found: Progress) -> RenderableType:
     status = found.status
     colour = {"complete": "green", "planned": "blue"}.get(status.state, "cyan" if found.at_work else "yellow")
-    parts: list[RenderableType] = [Text.from_markup(f"[bold]{plain(status.name)}[/] [{colour}]{_doing(found)}[/]")]
-    done, planned, width = _done(found), max(status.planned, 1), min(people.width - 10, _WIDTH)
-    bar = Table.grid(padding=(0, 1))
-    drawn = ProgressBar(planned, done, width=width, complete_style=colour, finished_style=colour)
-    bar.add_row(" ", drawn, f"{100 * done // planned} %")
-    parts.append(bar)
+    parts: list[RenderableType] = [Text.from_markup(f"[bold]{_name(status)}[/] [{colour}]{_doing(found)}[/]")]
+    if status.planned:
+        done, width = _done(found), min(people.width - 10, _WIDTH)
+        bar = Table.grid(padding=(0, 1))
+        drawn = ProgressBar(status.planned, done, width=width, complete_style=colour, finished_style=colour)
+        bar.add_row(" ", drawn, f"{100 * done // status.planned} %")
+        parts.append(bar)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
@@ -125,12 +142,23 @@ def _doing(found: Progress) -> str:
     """Its state in a few words, with who is at work."""
     status, driver = found.status, found.driver
     if driver is not None and found.at_work:
-        stage = {"loading": "loading the model", "making": "being made"}
-        doing = stage.get(str(driver.now.get("stage")), str(driver.now.get("stage", "starting")))
-        return f"is {plain(doing)} by driver {driver.pid} on {plain(driver.host)}"
+        stage = str(driver.now.get("stage", "starting"))
+        return f"{_STAGES.get(stage, plain(stage))} by driver {driver.pid} on {plain(driver.host)}"
     if status.state == "complete":
         return "is complete"
-    return f"is {status.state}; {_absent(driver)}"
+    return f"is {'not planned yet' if status.state == 'planning' else status.state}; {_absent(driver)}"
+
+
+def _name(status: Status) -> str:
+    """The job's, or its output's before it is planned."""
+    return plain(status.name or status.output)
+
+
+def _rows(found: Progress) -> int:
+    """Rows of the table that are read, while a driver plans."""
+    if found.driver is None or not (found.at_work or found.status.state == "planning"):
+        return 0
+    return int(found.driver.now.get("rows", 0)) if found.driver.now.get("stage") == "planning" else 0
 
 
 def _absent(driver: Driver | None) -> str:
@@ -144,6 +172,10 @@ def _absent(driver: Driver | None) -> str:
 def _facts(found: Progress) -> Iterator[tuple[str, str]]:
     status, driver, left = found.status, found.driver, found.seconds_left
     in_flight = int(driver.now.get("in_flight", 0)) if found.at_work and driver else 0
+    if rows := _rows(found):
+        yield "rows read", f"{rows:,}"
+    if status.state == "planning":
+        return
     yield "planned", f"{status.planned:,}"
     yield "committed", f"{status.committed:,}" + (f" and {in_flight:,} made, not committed yet" if in_flight else "")
     yield "quarantined", f"[red]{status.quarantined:,}[/]{of_checks(status.dropped)}" if status.quarantined else "0"

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdbatch.ledger.commits import CommitRecord, Commits, Totals, read_sums, read_totals
 from sdbatch.ledger.lease import Driver, read_driver
-from sdbatch.ledger.plan import Job, read_job
+from sdbatch.ledger.plan import Job, find_job, read_job
 from sdbatch.ledger.rounds import newest_round
 from sdbatch.storage import Store
 
@@ -22,7 +22,7 @@ _PAUSE_TIMES, _PAUSE_SECONDS = 20, 60.0
 
 @dataclass(frozen=True)
 class Status:
-    """Counts of a job. ``state``: planned (nothing done yet), incomplete, complete."""
+    """Counts of a job. ``state``: planned (nothing done yet), incomplete, complete; planning while there is no plan."""
 
     name: str
     output: str
@@ -75,8 +75,17 @@ def read_status(store: Store) -> Status:
 
 
 def read_progress(store: Store) -> Progress:
-    """The status and all that goes with it, from as little. Raises OutputError where there is no job."""
-    job = read_job(store)
+    """The status and all that goes with it, from as little.
+
+    While a driver makes the first plan there is no job yet, not even a name: all counts are 0 then. Raises OutputError
+    where there is neither.
+    """
+    job = find_job(store)
+    if job is None:
+        driver = read_driver(store)
+        if driver is not None and driver.state in {"alive", "silent"}:
+            return Progress(Status("", store.uri, "planning", 0, 0, 0, 0, 0, 0, 0.0), 0.0, {}, driver)
+        job = read_job(store)
     totals, recent = read_sums(store)
     status, driver = _status(store, job, totals), read_driver(store)
     told = driver.now.get("images_per_second") if driver is not None and driver.state == "alive" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,45 @@ def test_watching_ends_as_the_job_does(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.call(["watch", str(tmp_path)]) == 3
     assert "is complete, 10 of 10, 1 quarantined" in capsys.readouterr().err
     assert cli.call(["watch", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_job_that_is_being_planned_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = LocalStore(tmp_path)
+    with hold_lease(store, print, lambda: {"stage": "planning", "rows": 31_000}):
+        assert cli.call(["status", str(tmp_path)]) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "is being planned by driver" in told
+        assert "rows read 31,000" in told
+        assert cli.call(["status", str(tmp_path), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["state"], told["planned"], told["driver"]["now"]["rows"]) == ("planning", 0, 31_000)
+    assert cli.call(["status", str(tmp_path)]) == 2  # it ended, and left no plan
+
+
+@pytest.mark.parametrize(("planned", "code"), [(True, 3), (False, 1)])
+def test_watching_begins_before_there_is_a_plan(
+    planned: bool, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as driver:
+        driver.enter_context(hold_lease(LocalStore(tmp_path), print, lambda: {"stage": "planning", "rows": 10}))
+        looks: list[int] = []
+
+        class Watched(LocalStore):
+            def get(self, key: str) -> bytes:
+                if key == "_sdbatch/job.yaml":
+                    looks.append(1)
+                    if len(looks) == 2:
+                        driver.close()
+                        if planned:
+                            job = Planned(LocalStore(tmp_path))
+                            for shard in job.shards:
+                                job.commit(shard.number)
+                return super().get(key)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli.progress, "open_output", lambda output: Watched(tmp_path))
+            assert cli.call(["watch", str(tmp_path), "--every", "0.2"]) == code
+    told = capsys.readouterr().err
+    assert ", 10 rows read" in told
+    assert ("is complete, 10 of 10" in told) == planned
+    assert ("nobody is at work on it any more" in told) == (not planned)
