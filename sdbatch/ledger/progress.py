@@ -96,7 +96,8 @@ def read_progress(store: Store) -> Progress:
 def images_per_second(records: Sequence[CommitRecord]) -> float:
     """How fast images were finished lately, since the last pause; 0 where the records don't tell.
 
-    ``records`` are in the order of their ends.
+    ``records`` are in the order of their ends. Of an edition after the first only what it has more counts: the rest was
+    carried over.
     """
     newest = [record for record in records if record.seconds][-_NEWEST:]  # what the driver refused took no time
     gaps = [after.finished_at - before.finished_at for before, after in pairwise(newest)]
@@ -109,7 +110,8 @@ def images_per_second(records: Sequence[CommitRecord]) -> float:
     else:
         images, began = newest[first + 1 :], newest[first].finished_at
     seconds = newest[-1].finished_at - began
-    return sum(record.committed for record in images) / seconds if seconds > 0 else 0.0
+    made = sum(max(record.committed - record.replaced.get("committed", 0), 0) for record in images)
+    return made / seconds if seconds > 0 else 0.0
 
 
 def _status(store: Store, job: Job, totals: Totals) -> Status:

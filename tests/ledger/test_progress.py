@@ -30,6 +30,8 @@ def test_speed_is_that_since_the_last_pause() -> None:
     assert images_per_second([record(0, 10.0), record(1, 10.2)]) == pytest.approx(16 / 2.2)  # made side by side
     assert images_per_second(slow[:1]) == images_per_second([]) == 0.0
     assert images_per_second([replace(one, seconds={}) for one in slow]) == 0.0  # refused, not made
+    retried = [replace(one, edition=2, replaced={"committed": 7, "quarantined": 1, "bytes": 0}) for one in slow]
+    assert images_per_second(retried) == pytest.approx(0.1)  # one of eight was made, the others carried over
 
 
 @pytest.mark.parametrize(
