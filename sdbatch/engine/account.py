@@ -118,7 +118,7 @@ class Account:
         """A shard is done. Editions after the first tell nothing of speed: their batches are full of what stays."""
         self._run = replace(
             self._run,
-            images=self._run.images + receipt.committed,
+            images=self._run.images + (receipt.committed if edition == 1 else receipt.measured.images),
             batches=self._run.batches + receipt.batches,
             bytes=self._run.bytes + receipt.measured.bytes,
         )

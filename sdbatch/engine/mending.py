@@ -134,14 +134,13 @@ def _again(
     _check_alone(store, job, changed)
     check_notify(prepared.spec.notify)
     with telling(prepared.spec, store), driving(prepared, watch) as (watch, check):
-        last = newest_round(store)
+        last, outcomes = newest_round(store), list[Outcome]()
         if last is not None and not last.finished(Commits(store)):
-            finish(prepared, job, watch, check, started)
+            outcomes.append(finish(prepared, job, watch, check, started))
         rounds: dict[tuple[str, ...], dict[int, Again]] = {}
         edition, editions = last.edition if last else 1, dict[int, int]()
         for changes, record, positions in find(job):
             rounds.setdefault(changes, {})[record.shard] = Again(record.slice, record.edition, positions)
-        outcomes = list[Outcome]()
         for changes, shards in rounds.items():
             edition += 1
             shards = {
@@ -162,9 +161,12 @@ def _check_changeable(changes: Sequence[str], fields: Sequence[str], purpose: st
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
-    """How several rounds ended: the last one's end, the work of all."""
+    """How several rounds ended, one after the other: the last one's end, the work of all since the first was ready."""
+    first, last = outcomes[0], outcomes[-1]
     return replace(
-        outcomes[-1],
+        last,
+        starting_seconds=first.starting_seconds,
+        making_seconds=last.starting_seconds + last.making_seconds - first.starting_seconds,
         images=sum(outcome.images for outcome in outcomes),
         batches=sum(outcome.batches for outcome in outcomes),
         deaths=sum(outcome.deaths for outcome in outcomes),

@@ -188,17 +188,18 @@ class _Making:
         totals = read_totals(prepared.store)
         self._now = Snapshot("loading", 0, job.planned, totals.committed, totals.quarantined)
         self._made = self._failed = self._batches = self._deaths_before = 0
+        self._through = 0  # of the edition in work
         self._ready_at: float | None = None
         self._metrics = DriverMetrics(prepared.spec.name, job.model_name)
 
     def edition(self, shards: Shards, spec: JobSpec, edition: int) -> None:
         """Have all of the shards made that are not there in this edition."""
         with Collector(self._store, shards, Commits(self._store), edition) as collector:
-            todo = collector.todo
+            todo, self._through = collector.todo, 0
             if not len(todo):
                 return
             if edition > 1:  # counted by themselves: they are committed already
-                self._now = Snapshot("loading", planned=todo.images)
+                self._now = Snapshot("loading", planned=todo.images, deaths=self._now.deaths)
             self._watch(self._now)
             for receipt in self._commit_faulty(spec, todo.makeable(False), edition):
                 self._count(receipt, spec)
@@ -211,7 +212,9 @@ class _Making:
             self._account.follow(pool)
             with closing(pool.run(_in_edition(edition, makeable))) as receipts:  # no actor outlives an error
                 for receipt in receipts:
-                    self._made += receipt.committed + receipt.quarantined
+                    through = receipt.committed + receipt.quarantined
+                    self._through += through
+                    self._made += through if edition == 1 else receipt.made  # the rest of it was carried over
                     self._account.count(receipt, edition)
                     self._count(receipt, spec)
                     collector.committed(receipt.shard)
@@ -243,7 +246,7 @@ class _Making:
         self._now = replace(
             self._now,
             stage="making" if ready else "loading",
-            in_flight=max(images - self._made, 0),
+            in_flight=max(images - self._through, 0),
             actors=ready,
             crew=crew,
             deaths=self._deaths_before + deaths,

@@ -38,7 +38,7 @@ class Run:
     wall_seconds: float = 0.0
     gpus_per_actor: float = 0.0
     usd_per_actor_hour: float | None = None
-    images: int = 0  # that it committed
+    images: int = 0  # that it committed; of shards that it mended those that it made
     batches: int = 0
     bytes: int = 0
     deaths: int = 0

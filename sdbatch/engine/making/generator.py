@@ -53,6 +53,7 @@ class Receipt:
     batches: int  # that the model computed
     shape: Shape
     measured: Measured = field(default_factory=Measured)  # what these batches took
+    made: int = 0  # of its requests, those that were made here and now
 
 
 class Generator:
@@ -178,7 +179,7 @@ class Generator:
         measured = measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
         dropped = sum((end.row["error"] or "").startswith(DROPPED) for end in ends.values())
         failed, shape = len(ends) - len(sizes) - dropped, shape_of(shard)
-        return Receipt(shard.number, record.committed, record.quarantined, failed, batches, shape, measured)
+        return Receipt(shard.number, record.committed, record.quarantined, failed, batches, shape, measured, len(ends))
 
     def measure(self, shard: Shard, batches: int) -> Measured:
         """Make so many batches of a shard and as many more as warm it up, encode them as a run does, store nothing."""
