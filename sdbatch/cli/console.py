@@ -100,6 +100,8 @@ def watching() -> Iterator[Watch]:
                 return
             done = now.finished + now.in_flight
             text = ""
+            if now.stage not in {"making", "done"} or (first and done < first[0][1]):
+                first.clear()  # what is made again is counted anew
             if now.stage in {"making", "done"}:
                 first.append((time.monotonic(), done)) if not first else None
                 seconds, images = time.monotonic() - first[0][0], done - first[0][1]
@@ -110,7 +112,7 @@ def watching() -> Iterator[Watch]:
             if now.quarantined:
                 text += f" [red]{now.quarantined:,} quarantined[/]"
             if now.deaths:
-                text += f" [yellow]{now.deaths} actors replaced[/]"
+                text += f" [yellow]{now.deaths:,} actors replaced[/]"
             label = {"loading": "loading the model", "starting": "starting"}.get(now.stage, "images")
             update(done, now.planned or None, text.strip(), label=label)
 

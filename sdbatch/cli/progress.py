@@ -132,9 +132,9 @@ def _view(found: Progress) -> RenderableType:
     parts.append(facts)
     if found.reasons:
         parts += ["", _reasons(found)]
-    crew = found.driver.now.get("crew") if found.at_work and found.driver else None
-    if crew:
-        parts += ["", _crew(crew)]
+    now = found.driver.now if found.at_work and found.driver else {}
+    if crew := now.get("crew"):
+        parts += ["", _crew(crew, int(now.get("workers", len(crew))))]
     return Group(*parts)
 
 
@@ -191,7 +191,7 @@ def _facts(found: Progress) -> Iterator[tuple[str, str]]:
     yield "shards", f"{status.shards_committed:,} of {status.shards:,}"
     yield "size", size(status.bytes)
     if found.at_work and driver is not None and driver.now.get("deaths"):
-        yield "died", f"[yellow]{int(driver.now['deaths']):,}[/] of the actors, and was replaced"
+        yield "replaced", f"[yellow]{int(driver.now['deaths']):,}[/] of the actors, which died"
 
 
 def _reasons(found: Progress) -> RenderableType:
@@ -207,7 +207,8 @@ def _reasons(found: Progress) -> RenderableType:
     return table
 
 
-def _crew(crew: list[dict[str, Any]]) -> RenderableType:
+def _crew(crew: list[dict[str, Any]], workers: int) -> RenderableType:
+    """The first of so many workers, not all of whom a driver tells of."""
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("actor", "node", "state", "images", "shards"):
         table.add_column(name, justify="right" if name in {"actor", "images"} else "left")
@@ -215,8 +216,8 @@ def _crew(crew: list[dict[str, Any]]) -> RenderableType:
         shards = ", ".join(str(int(number)) for number in worker.get("shards", ()))
         node, state = plain(str(worker.get("node", "")))[:8], plain(str(worker.get("state", "")))
         table.add_row(str(worker.get("number", "")), node, state, f"{int(worker.get('images', 0)):,}", shards)
-    if len(crew) > _ACTORS:
-        table.add_row("", "", f"and {len(crew) - _ACTORS} more", "", "")
+    if workers > _ACTORS:
+        table.add_row("", "", f"and {workers - _ACTORS:,} more", "", "")
     return table
 
 

@@ -34,6 +34,7 @@ class Live:
             "in_flight": now.in_flight,
             "actors": now.actors,
             "deaths": now.deaths,
+            "workers": len(now.crew),
             "crew": [asdict(worker) for worker in now.crew[:_MOST_TOLD]],
             "images_per_second": self._speed(now),
         }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdbatch import cli
+from sdbatch.cli.console import watching
+from sdbatch.engine.live import Live
+from sdbatch.engine.making.pool import Worker
+from sdbatch.engine.snapshot import Snapshot
 from sdbatch.ledger import CommitRecord, collect, hold_lease, put_totals, read_driver, read_progress, reason
 from sdbatch.ledger.progress import images_per_second
 from sdbatch.ledger.reasons import OTHERS, summed
@@ -171,3 +177,32 @@ def test_watching_begins_before_there_is_a_plan(
     assert ", 10 rows read" in told
     assert ("is complete, 10 of 10" in told) == planned
     assert ("nobody is at work on it any more" in told) == (not planned)
+
+
+def test_a_view_counts_the_actors_that_a_driver_does_not_tell_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned, live = Planned(LocalStore(tmp_path)), Live(lambda now: None)
+    crew = tuple(Worker(number, "node-7", "at work", 3, (number,)) for number in range(1, 101))
+    live(Snapshot("making", planned=10, actors=100, crew=crew, deaths=2))
+    with hold_lease(planned.store, print, live.tell):
+        assert cli.call(["status", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert "and 84 more" in told
+    assert "2 of the actors, which died" in told
+
+
+def test_a_round_has_a_speed_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is made again is counted anew: the bar falls back to nothing, its speed does not."""
+    clock = count(step=10)
+    monkeypatch.setattr(cli.console.time, "monotonic", lambda: float(next(clock)))
+    with watching() as watch:
+        for made in (100, 200):
+            watch(Snapshot("making", planned=200, committed=made))
+        watch(Snapshot("loading", planned=20))
+        for made in (0, 20):
+            watch(Snapshot("making", planned=20, committed=made))
+    lines = capsys.readouterr().err.splitlines()
+    speeds = [float(found[1]) for line in lines if (found := re.search(r"(\S+) images/s", line))]
+    assert len(speeds) == 2
+    assert all(speed > 0 for speed in speeds)
