@@ -282,7 +282,7 @@ class _Making:
                 for request in from_table(table.slice(shard.offset, shard.count))
             ]
             ended = [Ended(row, None) for row in rows]
-            record = committer.finish_started(shard) or committer.commit(shard, ended, {}, writer="driver")
+            record = committer.finish_started(shard) or committer.commit(shard, ended, {}, writer="driver")[0]
             return Receipt(shard.number, record.committed, record.quarantined, 0, 0, shape_of(shard))
 
         with ThreadPoolExecutor(_COMMITTERS) as threads:

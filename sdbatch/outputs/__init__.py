@@ -7,7 +7,7 @@ from sdbatch.outputs.formats import FORMATS
 from sdbatch.outputs.metadata import check_columns, decode_metadata, encode_metadata, metadata_key, metadata_of
 from sdbatch.outputs.provenance import parameters
 from sdbatch.outputs.reading import read_pictures, read_stored
-from sdbatch.outputs.renditions import Copies, copies, misfits
+from sdbatch.outputs.renditions import Copies, copies, misfits, store_copies
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "pixels_sum",
     "read_pictures",
     "read_stored",
+    "store_copies",
 ]

@@ -7,7 +7,8 @@ it is made, and can be made again as long as the picture is there.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,9 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from sdbatch.errors import OutputError
+from sdbatch.outputs.credentials import Signer
 from sdbatch.outputs.encoding import encode
-from sdbatch.outputs.shards import EncodedPicture
+from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredShard
 from sdbatch.spec import Output, Picture, Rendition
+
+#: Pictures of a shard that are drawn in another size at once.
+_COPIERS = 4
 
 _THUMBNAIL = Picture(type="webp", quality=80)
 _LANCZOS = Image.Resampling.LANCZOS
@@ -34,12 +40,43 @@ class Copies:
     form: Picture
     draw: Callable[[Image.Image], Image.Image]
 
-    def copy(self, picture: EncodedPicture, fingerprint: str) -> EncodedPicture:
-        """The copy of a picture as a file, what made it inside; its row has the copy's own size."""
-        with Image.open(io.BytesIO(picture.data), formats=("PNG", "JPEG", "WEBP")) as opened:
-            drawn = self.draw(opened.convert("RGB"))
+    def copy(self, picture: EncodedPicture, fingerprint: str, signer: Signer | None = None) -> EncodedPicture:
+        """The copy of a picture as a file, what made it inside; its row has the copy's own size. Raises OutputError."""
+        try:
+            with Image.open(io.BytesIO(picture.data), formats=("PNG", "JPEG", "WEBP")) as opened:
+                drawn = self.draw(opened.convert("RGB"))
+            data = encode(np.asarray(drawn), self.form, picture.row, fingerprint)
+        except (OSError, ValueError) as error:  # too large for its format, say
+            told = f"{picture.row['image_id']} can't be stored as {self.form.type}: {error}"
+            raise OutputError(f"{self.root}: {told}; ask for another size or type") from None
+        if signer is not None:
+            data = signer.signed(data, self.form.type, picture.row)
         row: dict[str, Any] = {**picture.row, "width": drawn.width, "height": drawn.height}
-        return replace(picture, row=row, data=encode(np.asarray(drawn), self.form, picture.row, fingerprint))
+        return replace(picture, row=row, data=data)
+
+
+def store_copies(
+    asked: Sequence[Copies],
+    stem: str,
+    pictures: Sequence[EncodedPicture],
+    fingerprint: str,
+    beside: ShardWriter,
+    signer: Signer | None,
+) -> StoredShard:
+    """Store a shard's pictures once more in each form that is ``asked`` for, as its own writer does.
+
+    Returns all that is stored then, whoever was first; every object of it, also single pictures, has its sha256.
+    Raises OutputError where a picture has no room in a form.
+    """
+    stored = StoredShard([], {})
+    for several in asked if pictures else ():
+        with ThreadPoolExecutor(_COPIERS) as pool:
+            made = list(pool.map(partial(several.copy, fingerprint=fingerprint, signer=signer), pictures))
+        writer = type(beside)(beside.store, several.form.type, several.root, beside.checked)
+        held = writer.finish(stem, writer.keep(stem, made, last=True))
+        single = {one.path: one.sha256 for one in held.pictures if "#" not in one.path}
+        stored = StoredShard([*stored.pictures, *held.pictures], stored.objects | single | held.objects)
+    return stored
 
 
 def copies(output: Output) -> list[Copies]:

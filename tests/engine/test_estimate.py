@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sdbatch/speeds.json"
 
 
-def conditions(**resources: Any) -> Conditions:
-    spec = {"name": "a", "input": {"uri": "p.csv"}, "output": {"uri": "o"}, "resources": resources}
+def conditions(output: Mapping[str, Any] = {}, **resources: Any) -> Conditions:
+    spec = {"name": "a", "input": {"uri": "p.csv"}, "output": {"uri": "o", **output}, "resources": resources}
     return Conditions.of(parse_spec(spec), "sha256")
 
 
@@ -193,6 +194,9 @@ def test_what_was_measured_is_found_again_under_the_same_conditions_only(record:
     assert (found.shapes, found.device, found.loading_seconds) == (SPEEDS.shapes, "a device", 4.0)
     assert find_speeds(conditions(batch_size=4)) is None
     assert find_speeds(conditions(gpus_per_actor=1)) is None
+    assert find_speeds(conditions({"thumbnail": 64})) is None
+    assert find_speeds(conditions({"renditions": {"square": {"size": "32x32"}}})) is None
+    assert "copies" not in conditions().content()  # what was on record before there were any is found
 
 
 def test_the_newest_device_counts_and_measurements_add_up(record: Path) -> None:

@@ -30,7 +30,13 @@ class Planned:
     """Seven prompts in one shard: two batches of three and one padded batch of one."""
 
     def __init__(
-        self, root: Path, form: str = "images", model: Any = None, sections: Mapping[str, Any] = {}, **generate: Any
+        self,
+        root: Path,
+        form: str = "images",
+        model: Any = None,
+        sections: Mapping[str, Any] = {},
+        output: Mapping[str, Any] = {},
+        **generate: Any,
     ) -> None:
         self.spec = parse_spec(
             {
@@ -38,7 +44,7 @@ class Planned:
                 "input": {"uri": "x.csv"},
                 "model": model or {},
                 "generate": {"num_inference_steps": 2, **generate},
-                "output": {"uri": str(root), "format": form, "shard_size": 8},
+                "output": {"uri": str(root), "format": form, "shard_size": 8, **output},
                 "resources": {"batch_size": 3},
                 **sections,
             }
@@ -132,6 +138,19 @@ def test_a_broken_device_is_no_requests_fault(tmp_path: Path, monkeypatch: pytes
 
 class Killed(BaseException):
     """Ends the generator where a SIGKILL might have."""
+
+
+def test_what_copies_come_to_is_measured_by_a_calibration_as_by_a_run(tmp_path: Path) -> None:
+    asked = {"renditions": {"square": {"size": "32x32"}}, "thumbnail": 16}
+    planned = Planned(tmp_path, model={"uri": "builtin:null"}, output=asked)
+    generator = planned.generator()
+    calibrated = generator.measure(planned.shard, 2)  # three batches: the shard once
+    assert not (tmp_path / "data").exists()
+    measured = generator.run_shard(planned.shard).measured  # type: ignore[union-attr]
+    folders = [tmp_path / name for name in ("data", "renditions/square", "thumbnails")]
+    stored = [path.stat().st_size for folder in folders for path in folder.rglob("*-*.*")]
+    assert len(stored) == 3 * 7
+    assert (calibrated.images, calibrated.bytes) == (measured.images, measured.bytes) == (7, sum(stored))
 
 
 @pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])

@@ -24,6 +24,8 @@ from sdbatch.spec import JobSpec, Picture
 #: Batches after which older ones lose weight, and how much the record holds.
 _WEIGHT = 256
 _MOST_CONDITIONS, _MOST_SHAPES = 100, 100
+#: The fields of an output that ask for every picture once more.
+_COPIES = {"renditions", "thumbnail"}
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,25 @@ class Conditions:
     threads: int
     picture: str  # the file format, which the bytes of an image depend on
     checks: str = ""  # a digest of them: candidates, new seeds, what is measured
+    copies: str = ""  # a digest of them: renditions and thumbnails
 
     @classmethod
     def of(cls, spec: JobSpec, model_sha256: str) -> Conditions:
-        resources = spec.resources
+        resources, output = spec.resources, spec.output
         return cls(
             model_sha256,
             spec.model.computing,
             resources.at_once,
             resources.device,
             resources.cpus_per_actor,
-            _told(spec.output.image),
+            _told(output.image),
             "" if spec.checks is None else _digest(spec.checks.model_dump(mode="json")),
+            _digest(output.model_dump(mode="json", include=_COPIES)) if output.copied_to else "",
         )
 
     def content(self) -> dict[str, Any]:
-        """As JSON holds it; without checks as it was before there were any."""
-        return {name: value for name, value in asdict(self).items() if name != "checks" or value}
+        """As JSON holds it; without checks and copies as it was before there were any."""
+        return {name: value for name, value in asdict(self).items() if name not in {"checks", "copies"} or value}
 
 
 @dataclass(frozen=True)

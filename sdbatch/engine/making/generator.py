@@ -173,9 +173,9 @@ class Generator:
         ended = [end for _, end in sorted((settled | ends).items())]
         seconds["shard"] = time.perf_counter() - started
         began = time.perf_counter()
-        record = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
+        record, copied = self._committer.commit(shard, ended, seconds, writer=uuid.uuid4().hex)
         self._tell("commit", time.perf_counter() - began)
-        sizes = [len(end.picture.data) for end in ends.values() if end.picture is not None]
+        sizes = [len(end.picture.data) + copied[at] for at, end in ends.items() if end.picture is not None]
         measured = measured.plus(Measured(images=len(sizes), bytes=sum(sizes)))
         dropped = sum((end.row["error"] or "").startswith(DROPPED) for end in ends.values())
         failed, shape = len(ends) - len(sizes) - dropped, shape_of(shard)
@@ -360,7 +360,9 @@ class Generator:
     def _encoded_sizes(
         self, shard: Shard, batch: Mapping[int, ImageRequest], results: Mapping[int, Result | Coming]
     ) -> list[int]:
-        return [len(picture.data) for picture in self._as_files(shard, batch, self._arrived(shard, results))[1]]
+        """The bytes of each picture of a batch, with its copies."""
+        _, pictures = self._as_files(shard, batch, self._arrived(shard, results))
+        return [sum(len(one.data) for one in (made, *self._committer.copies_of(shard, made))) for made in pictures]
 
 
 def looks_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, tuple[str, str]]:

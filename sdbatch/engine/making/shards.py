@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from sdbatch.errors import JobFailed, ObjectNotFound, StorageError
+from sdbatch.errors import ObjectNotFound, StorageError
 from sdbatch.ledger import (
     Again,
     CommitRecord,
@@ -32,7 +32,6 @@ from sdbatch.ledger import (
 )
 from sdbatch.outputs import (
     FORMATS,
-    Copies,
     EncodedPicture,
     Signer,
     StoredShard,
@@ -43,13 +42,11 @@ from sdbatch.outputs import (
     encode_metadata,
     metadata_key,
     read_pictures,
+    store_copies,
 )
 from sdbatch.prompts import ImageRequest
 from sdbatch.spec import JobSpec
 from sdbatch.storage import Store
-
-#: Pictures of a shard that are drawn in another size at once.
-_COPIERS = 4
 
 
 def metadata_row(
@@ -149,8 +146,17 @@ class ShardCommitter:
             shard = replace(shard, edition=again.before)
         return found
 
-    def commit(self, shard: Shard, ended: Sequence[Ended], seconds: dict[str, float], writer: str) -> CommitRecord:
-        """End the shard; ``ended`` has one entry a position, its pictures made and kept."""
+    def copies_of(self, shard: Shard, picture: EncodedPicture) -> list[EncodedPicture]:
+        """The picture in each other form that is asked for; nothing is stored."""
+        return [several.copy(picture, self._fingerprint(shard), self._signer) for several in self._copies]
+
+    def commit(
+        self, shard: Shard, ended: Sequence[Ended], seconds: dict[str, float], writer: str
+    ) -> tuple[CommitRecord, Counter[int]]:
+        """End the shard; ``ended`` has one entry a position, its pictures made and kept.
+
+        With its record, by position, the bytes that copies of its pictures come to.
+        """
         pictures = [end.picture for end in ended if end.picture is not None]
         finished = self.writer.finish(shard.stem, pictures) if pictures else StoredShard([], {})
         stored = {picture.position: picture for picture in finished.pictures}
@@ -168,13 +174,20 @@ class ShardCommitter:
             elif row["status"] == "committed":
                 row = row | {"status": "quarantined", "error": "another writer stored this shard without it"}
             rows.append(row)
-        key, objects = metadata_key(shard.stem), finished.objects
-        if self._copies:
-            objects = objects | self._copied(shard, [replace(one, row=rows[one.position]) for one in standing])
+        told = [replace(one, row=rows[one.position]) for one in standing]
+        copied = store_copies(self._copies, shard.stem, told, self._fingerprint(shard), self.writer, self._signer)
+        key, objects = metadata_key(shard.stem), finished.objects | copied.objects
         metadata = encode_metadata(rows, self._kept, templated=self._templated, checked=self._checked, objects=objects)
         if not self._store.put_if_absent(key, metadata):
             metadata = self._store.get(key)
-        return self._put_record(shard, metadata, seconds, writer)
+        sizes = Counter[int]()
+        for one in copied.pictures:
+            sizes[one.position] += one.bytes
+        return self._put_record(shard, metadata, seconds, writer), sizes
+
+    def _fingerprint(self, shard: Shard) -> str:
+        """The fingerprint that pictures tell."""
+        return self._job.part_of_slice(shard.slice).fingerprint
 
     def _as_stored(self, given: Sequence[EncodedPicture], finished: StoredShard) -> list[EncodedPicture]:
         """The pictures that the store holds: those given, unless another writer's are there, whose rows are open."""
@@ -190,30 +203,6 @@ class ShardCommitter:
             for one in finished.pictures
         ]
 
-    def _copied(self, shard: Shard, pictures: Sequence[EncodedPicture]) -> dict[str, str]:
-        """Store the shard's pictures once more in each other form that is asked for; the sha256 of every object."""
-        fingerprint = self._job.part_of_slice(shard.slice).fingerprint
-        objects = dict[str, str]()
-        for several in self._copies:
-
-            def copy(picture: EncodedPicture, several: Copies = several) -> EncodedPicture:
-                try:
-                    made = several.copy(picture, fingerprint)
-                except (OSError, ValueError) as error:  # too large for its format, say
-                    told = f"{picture.row['image_id']} can't be stored as {several.form.type}: {error}"
-                    raise JobFailed(f"{several.root}: {told}; ask for another size") from None
-                if self._signer is None:
-                    return made
-                return replace(made, data=self._signer.signed(made.data, several.form.type, picture.row))
-
-            if pictures:
-                with ThreadPoolExecutor(_COPIERS) as pool:
-                    made = list(pool.map(copy, pictures))
-                writer = type(self.writer)(self._store, several.form.type, several.root, self._checked)
-                held = writer.finish(shard.stem, writer.keep(shard.stem, made, last=True))
-                objects |= {one.path: one.sha256 for one in held.pictures if "#" not in one.path} | held.objects
-        return objects
-
     def _put_record(self, shard: Shard, metadata: bytes, seconds: dict[str, float], writer: str) -> CommitRecord:
         rows = decode_metadata(metadata)
         if len(rows) != shard.count:
@@ -225,7 +214,7 @@ class ShardCommitter:
         record = CommitRecord(
             shard=shard.number,
             slice=shard.slice,
-            fingerprint=self._job.part_of_slice(shard.slice).fingerprint,
+            fingerprint=self._fingerprint(shard),
             writer=writer,
             committed=len(rows) - len(failures),
             quarantined=len(failures),
