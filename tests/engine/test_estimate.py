@@ -199,6 +199,14 @@ def test_what_was_measured_is_found_again_under_the_same_conditions_only(record:
     assert "copies" not in conditions().content()  # what was on record before there were any is found
 
 
+def test_signed_pictures_and_those_without_loss_are_measured_by_themselves(record: Path) -> None:
+    webp, c2pa = {"type": "webp"}, {"certificate": "chain.pem", "key": "key.pem"}
+    outputs = [{"image": webp}, {"image": {**webp, "lossless": True}}, {"image": webp, "c2pa": c2pa}]
+    assert [conditions(output).picture for output in outputs] == ["webp 90", "webp lossless", "webp 90 signed"]
+    assert conditions({"image": {**webp, "lossless": True, "quality": 5}}).picture == "webp lossless"
+    assert conditions().picture == "png"
+
+
 def test_the_newest_device_counts_and_measurements_add_up(record: Path) -> None:
     keep_speeds(conditions(), SPEEDS)
     keep_speeds(conditions(), replace(SPEEDS, device="another", shapes={LARGE: Measured(batches=1, seconds=9.0)}))

@@ -19,7 +19,7 @@ from typing import Any
 
 from sdbatch.ledger import Run, Shard
 from sdbatch.prompts import Shape
-from sdbatch.spec import JobSpec, Picture
+from sdbatch.spec import JobSpec, Output
 
 #: Batches after which older ones lose weight, and how much the record holds.
 _WEIGHT = 256
@@ -75,7 +75,7 @@ class Conditions:
     batch_size: int
     kind: str  # cpu or cuda
     threads: int
-    picture: str  # the file format, which the bytes of an image depend on
+    picture: str  # the file format, and whether it is signed: the bytes of an image depend on it
     checks: str = ""  # a digest of them: candidates, new seeds, what is measured
     copies: str = ""  # a digest of them: renditions and thumbnails
 
@@ -88,7 +88,7 @@ class Conditions:
             resources.at_once,
             resources.device,
             resources.cpus_per_actor,
-            _told(output.image),
+            _told(output),
             "" if spec.checks is None else _digest(spec.checks.model_dump(mode="json")),
             _digest(output.model_dump(mode="json", include=_COPIES)) if output.copied_to else "",
         )
@@ -209,5 +209,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _told(picture: Picture) -> str:
-    return picture.type if picture.type == "png" else f"{picture.type} {picture.quality}"
+def _told(output: Output) -> str:
+    picture = output.image
+    how = "" if picture.type == "png" else " lossless" if picture.lossless else f" {picture.quality}"
+    return f"{picture.type}{how}{' signed' if output.c2pa else ''}"
