@@ -41,6 +41,9 @@ def export(
     where: Annotated[
         str | None, typer.Option("--where", help='Only pictures of such rows: "clip_score > 0.3 and seed in [1, 2]".')
     ] = None,
+    renditions: Annotated[
+        bool, typer.Option("--renditions", help="The job's renditions and thumbnails, too, of the exported pictures.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Store a job's pictures once more in another form, without making any; the same command goes on."""
@@ -51,14 +54,20 @@ def export(
     except StorageError as error:
         raise OutputError(f"TARGET: {error}") from None
     with bar("exporting") as update:
-        ended = dataset.export(
-            source, to, form and form.value, form_of, where, lambda done, total: update(done, total, "shards")
-        )
+
+        def progress(done: int, total: int) -> None:
+            update(done, total, "shards")
+
+        ended = dataset.export(source, to, form and form.value, form_of, where, renditions, progress)
     if as_json:
         print_json(ended)
         return
     tell(f"[green]✓[/] {ended.images:,} pictures are in {plain(ended.target)}")
     facts({"bytes": f"{ended.bytes:,}", "left out": f"{ended.left_out:,}"})
+    if ended.unsigned is not None:
+        tell(f"  [yellow]![/] what is encoded anew has no signatures, as the job's own has: {plain(ended.unsigned)}")
+    if ended.left_behind:
+        tell(f"  [yellow]![/] {', '.join(ended.left_behind)} stay behind; with --renditions, elsewhere, they come")
     if ended.unmade:
         tell(f"  [yellow]![/] the job has {ended.unmade:,} images still to make; export again when it is done")
 

@@ -1,8 +1,9 @@
 """The output as a data set: the card that tells what it is, and its export to other forms."""
 
 from sdbatch.dataset.card import Card, card_text, write_card
-from sdbatch.dataset.export import Exported, Manifest, export, read_manifest
+from sdbatch.dataset.export import Exported, export
 from sdbatch.dataset.job_card import write_job_card
+from sdbatch.dataset.manifest import Manifest, read_manifest
 from sdbatch.dataset.proof import verify_export
 from sdbatch.dataset.where import Where
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from sdbatch.dataset.export import Manifest
+from sdbatch.dataset.manifest import Manifest
 from sdbatch.ledger import CommitRecord, Commits, Findings, Opens, Read, Verdict, examine_shard
 from sdbatch.storage import Store
 
 #: Shards that are read at once, and those whose findings may wait for their turn.
 _CHECKERS, _AHEAD = 8, 64
+#: How keys of shards begin, whatever their edition.
+_OURS = re.compile(r"(?:data|metadata|thumbnails|renditions/[^/]+)/\d{7,}(?:r\d+)?[./]")
 
 
 def verify_export(
@@ -35,8 +37,7 @@ def verify_export(
                 verdict.altered += found.altered
                 named |= found.keys
                 progress(done, len(records))
-    unnamed = (entry.key for root in ("data/", "metadata/") for entry in store.list(root) if entry.key not in named)
+    unnamed = (entry.key for root in manifest.roots for entry in store.list(root) if entry.key not in named)
     for key in unnamed:
-        ours = re.match(r"(?:data|metadata)/(\d{7,})(?:r\d+)?[./]", key)
-        (verdict.leftover if ours else verdict.extra).append(key)
+        (verdict.leftover if _OURS.match(key) else verdict.extra).append(key)
     return verdict

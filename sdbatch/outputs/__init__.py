@@ -6,9 +6,9 @@ from sdbatch.outputs.features import dtype
 from sdbatch.outputs.formats import FORMATS
 from sdbatch.outputs.metadata import check_columns, decode_metadata, encode_metadata, metadata_key, metadata_of
 from sdbatch.outputs.provenance import parameters
-from sdbatch.outputs.reading import read_pictures, read_stored
+from sdbatch.outputs.reading import as_stored, read_pictures, read_stored
 from sdbatch.outputs.renditions import Copies, copies, misfits, store_copies
-from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard
+from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard, remove_shard
 
 __all__ = [
     "FORMATS",
@@ -18,6 +18,7 @@ __all__ = [
     "Signer",
     "StoredPicture",
     "StoredShard",
+    "as_stored",
     "check_columns",
     "checked_columns",
     "copies",
@@ -33,5 +34,6 @@ __all__ = [
     "pixels_sum",
     "read_pictures",
     "read_stored",
+    "remove_shard",
     "store_copies",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sdbatch.errors import ObjectNotFound
 from sdbatch.outputs.containers import parquet_rows, tar_members
-from sdbatch.outputs.shards import DAMAGES
+from sdbatch.outputs.shards import DAMAGES, EncodedPicture, StoredShard
 from sdbatch.storage import Store
 
 
@@ -42,3 +42,18 @@ def read_stored(store: Store, paths: Iterable[str]) -> tuple[dict[str, bytes], d
             held = dict.fromkeys(insides, b"")
         found |= {f"{key}#{inside}": held[inside] for inside in insides if inside in held}
     return found, sums
+
+
+def as_stored(store: Store, given: Sequence[EncodedPicture], finished: StoredShard) -> list[EncodedPicture]:
+    """A shard's pictures as the store holds them: those given, or another writer's, whose rows are open."""
+    ours = {picture.position: picture for picture in given}
+    others = [
+        one.path
+        for one in finished.pictures
+        if one.position not in ours or hashlib.sha256(ours[one.position].data).hexdigest() != one.sha256
+    ]
+    read = read_pictures(store, others)
+    return [
+        EncodedPicture(one.position, {}, read[one.path]) if one.path in read else ours[one.position]
+        for one in finished.pictures
+    ]

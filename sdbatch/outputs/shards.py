@@ -15,14 +15,14 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from sdbatch.errors import StorageError
-from sdbatch.outputs.metadata import NO_CHECKS, CheckColumns
+from sdbatch.outputs.metadata import NO_CHECKS, CheckColumns, metadata_key
 from sdbatch.storage import Store
 
 Row = Mapping[str, Any]
@@ -112,3 +112,12 @@ def write_once(store: Store, key: str, data: bytes, read: Callable[[bytes], _Hel
 def stored(position: int, path: str, data: bytes) -> StoredPicture:
     """What is recorded of a picture."""
     return StoredPicture(position, path, len(data), hashlib.sha256(data).hexdigest())
+
+
+def remove_shard(store: Store, stem: str, roots: Iterable[str]) -> None:
+    """Remove an edition of a shard, its metadata last: whatever lies below these ``roots`` under its name."""
+    for root in roots:
+        for entry in list(store.list(f"{root}/{stem}")):
+            if entry.key[len(f"{root}/{stem}")] in "./":  # not a longer number's, nor another edition's
+                store.delete(entry.key)
+    store.delete(metadata_key(stem))

@@ -26,7 +26,7 @@ from tests.outputs.test_consumers import IDS, loaded, no_cache_of_the_user, outp
 
 
 def exported(source: Store, target: Store, form: str | None = None, **options: Any) -> Exported:
-    given: dict[str, Any] = {"image": None, "where": None, **options}
+    given: dict[str, Any] = {"image": None, "where": None, "renditions": False, **options}
     return export(source, target, form, progress=lambda done, total: None, **given)
 
 
@@ -253,7 +253,7 @@ def test_a_picture_that_does_not_fit_into_the_type_is_told(tmp_path: Path, monke
     def too_long(*given: Any) -> bytes:
         raise ValueError("XMP data is too long")  # as Pillow does for more than 64 KiB in a JPEG
 
-    monkeypatch.setattr(sys.modules["sdbatch.dataset.export"], "encode", too_long)
+    monkeypatch.setattr(sys.modules["sdbatch.dataset.exporter"], "encode", too_long)
     with pytest.raises(
         UsageError, match=r"--image: 0000000\d-0 can't be encoded as jpeg: XMP data is too long; choose"
     ):

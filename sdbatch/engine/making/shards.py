@@ -35,6 +35,7 @@ from sdbatch.outputs import (
     EncodedPicture,
     Signer,
     StoredShard,
+    as_stored,
     check_columns,
     checked_columns,
     copies,
@@ -42,6 +43,7 @@ from sdbatch.outputs import (
     encode_metadata,
     metadata_key,
     read_pictures,
+    remove_shard,
     store_copies,
 )
 from sdbatch.prompts import ImageRequest
@@ -160,7 +162,7 @@ class ShardCommitter:
         pictures = [end.picture for end in ended if end.picture is not None]
         finished = self.writer.finish(shard.stem, pictures) if pictures else StoredShard([], {})
         stored = {picture.position: picture for picture in finished.pictures}
-        standing = self._as_stored(pictures, finished) if self._copies or self._checked else []
+        standing = as_stored(self._store, pictures, finished) if self._copies or self._checked else []
         ours = {picture.position: picture.data for picture in pictures}
         theirs = {one.position: one.data for one in standing if self._checked and one.data != ours.get(one.position)}
         rows = []
@@ -188,20 +190,6 @@ class ShardCommitter:
     def _fingerprint(self, shard: Shard) -> str:
         """The fingerprint that pictures tell."""
         return self._job.part_of_slice(shard.slice).fingerprint
-
-    def _as_stored(self, given: Sequence[EncodedPicture], finished: StoredShard) -> list[EncodedPicture]:
-        """The pictures that the store holds: those given, unless another writer's are there, whose rows are open."""
-        ours = {picture.position: picture for picture in given}
-        others = [
-            one.path
-            for one in finished.pictures
-            if one.position not in ours or hashlib.sha256(ours[one.position].data).hexdigest() != one.sha256
-        ]
-        read = read_pictures(self._store, others)
-        return [
-            EncodedPicture(one.position, {}, read[one.path]) if one.path in read else ours[one.position]
-            for one in finished.pictures
-        ]
 
     def _put_record(self, shard: Shard, metadata: bytes, seconds: dict[str, float], writer: str) -> CommitRecord:
         rows = decode_metadata(metadata)
@@ -236,7 +224,8 @@ class ShardCommitter:
             record = standing
         self.writer.forget(shard.stem)
         if before is not None:
-            self._remove(shard_stem(shard.number, before.edition))
+            roots = [self.writer.root, *(several.root for several in self._copies)]
+            remove_shard(self._store, shard_stem(shard.number, before.edition), roots)
         return record
 
     def _again(self, shard: Shard) -> Again:
@@ -250,14 +239,6 @@ class ShardCommitter:
             return single
         records = read_collected(self._store, shard.slice, edition)
         return next(record for record in records if record.shard == shard.number)
-
-    def _remove(self, stem: str) -> None:
-        """Remove an edition's pictures and metadata; its record stays, for the sums."""
-        for root in ("data", *(several.root for several in self._copies)):
-            for entry in list(self._store.list(f"{root}/{stem}")):
-                if entry.key[len(f"{root}/{stem}")] in "./":  # not a longer number's, nor another edition's
-                    self._store.delete(entry.key)
-        self._store.delete(metadata_key(stem))
 
 
 def _sums(record: CommitRecord) -> dict[str, int]:
