@@ -18,8 +18,8 @@ from sdbatch.bench.floor import count_flops
 from sdbatch.bench.quality import Quality, _prompt, find_scorer, gate
 from sdbatch.bench.sizes import checkpoint_of, load_subject
 from sdbatch.bench.subject import Subject
-from sdbatch.bench.techniques import TECHNIQUES
-from sdbatch.bench.waterfall import prepared
+from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs
+from sdbatch.bench.waterfall import prepared, waterfall
 from sdbatch.diffusion.float8 import Float8Linear
 from sdbatch.errors import JobFailed
 
@@ -92,16 +92,37 @@ def test_the_gate_lets_alike_pictures_pass_and_refuses_others() -> None:
     assert len({_prompt(number) for number in range(200)}) == 200
 
 
+def test_what_fails_is_a_row_and_no_end() -> None:
+    def no_such_kernel(subject: Subject) -> None:
+        raise AssertionError("no kernel for that\nand more of it")
+
+    techniques = (Technique("broken", no_such_kernel), TECHNIQUES[0])
+    rows = [row for row, _ in waterfall(checkpoint_of("builtin:shapes"), SETTING, 1, 1, techniques)]
+    assert [(row.name, row.lacking) for row in rows] == [
+        ("eager", None),
+        ("broken", "AssertionError: no kernel for that"),
+        ("text once a distinct prompt", None),
+    ]
+
+
+def test_ours_compiles_where_a_job_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdbatch.bench.techniques.compiler_lacking", lambda device: None)
+    assert [technique.of for technique in as_in_jobs("cuda", compiled=True)] == [None] * 4 + ["compiler"]
+    assert as_in_jobs("cuda") == TECHNIQUES[:4]
+    monkeypatch.setattr("sdbatch.bench.techniques.compiler_lacking", lambda device: "lacks it")
+    assert as_in_jobs("cpu", compiled=True) == TECHNIQUES[:3]
+
+
 def test_the_gate_measures_what_a_change_does() -> None:
     checkpoint, scorer = checkpoint_of("builtin:shapes"), find_scorer("", "builtin:shapes", "cpu")
     assert find_scorer("", "sdxl", "cpu") is None
-    same = gate(checkpoint, SETTING, lambda subject: None, 2, 2, scorer)
+    same = gate(checkpoint, SETTING, (), lambda subject: None, 2, 2, scorer)
     assert (same.pictures, same.psnr, same.drift) == (2, 99.0, 0.0)
 
     def spoil(subject: Subject) -> None:
         subject.unet.conv_out.weight.zero_()
 
-    spoilt = gate(checkpoint, SETTING, spoil, 2, 2, scorer)
+    spoilt = gate(checkpoint, SETTING, (), spoil, 2, 2, scorer)
     assert spoilt.reasons
 
 

@@ -47,7 +47,7 @@ class Duel:
 def duel(
     checkpoint: Checkpoint,
     setting: Setting,
-    kept: Sequence[Technique],
+    ours_has: Sequence[Technique],
     batches: Sequence[int],
     turns: int,
     *,
@@ -55,10 +55,10 @@ def duel(
 ) -> Iterator[Duel]:
     """For each batch size the fastest of their recipes is found, then both make batches in turns.
 
-    Who begins changes from turn to turn. ``compiled``: may they compile; ours does if ``kept`` says so.
+    Who begins changes from turn to turn. ``compiled``: may they compile; ours does if ``ours_has`` says so.
     """
     for batch in batches:
-        subject = prepared(checkpoint, setting, kept)
+        subject = prepared(checkpoint, setting, ours_has)
         # Their pipeline gets weights as they were loaded: techniques of ours that change layers are ours.
         with saved(prepared(checkpoint, setting, ()), setting.dtype) as folder:
             names = [name for name in RECIPES if compiled or "compiled" not in name]

@@ -7,7 +7,7 @@ before (CLIP's score, in the mean).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from sdbatch.bench.clock import Setting, draws, psnr
 from sdbatch.bench.subject import Subject
-from sdbatch.bench.techniques import as_in_jobs
+from sdbatch.bench.techniques import Technique
 from sdbatch.bench.waterfall import LEAST_PSNR, prepared
 from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.clip import CLIP
@@ -73,14 +73,15 @@ class Quality:
 def gate(
     checkpoint: Checkpoint,
     setting: Setting,
+    ours: Sequence[Technique],
     apply: Callable[[Subject], None],
     pictures: int,
     batch: int,
     scorer: CLIP | None,
 ) -> Quality:
-    """Draw so many pictures by the model as jobs have it, and by one that was changed by ``apply``."""
+    """Draw so many pictures by the model as jobs have it (``ours``), and by one that ``apply`` changed as well."""
     torch.set_num_threads(setting.threads)
-    plain, changed = (prepared(checkpoint, setting, as_in_jobs(setting.device)) for _ in range(2))
+    plain, changed = (prepared(checkpoint, setting, ours) for _ in range(2))
     apply(changed)
     apart: list[float] = []
     scores: tuple[list[float], list[float]] = [], []

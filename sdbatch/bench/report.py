@@ -20,7 +20,7 @@ from sdbatch.bench.floor import count_flops, peak_flops, settle
 from sdbatch.bench.quality import find_scorer, gate
 from sdbatch.bench.rival import check_rival
 from sdbatch.bench.sizes import checkpoint_of
-from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs, float8
+from sdbatch.bench.techniques import TECHNIQUES, as_in_jobs, float8
 from sdbatch.bench.waterfall import Row, by_batch, phases, prepared, waterfall
 from sdbatch.diffusion import SAMPLERS
 from sdbatch.diffusion.float8 import lacking
@@ -102,7 +102,7 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         f"{flops.unet / 1e12:.3f} TFLOP a look, {flops.decoder / 1e12:.3f} to decode; "
         f"{peak / 1e12:.2f} TFLOP/s, so at most {most:.2f} images/s"
     )
-    kept: tuple[Technique, ...] = as_in_jobs(wanted.device)
+    ours = kept = as_in_jobs(wanted.device, compiled=wanted.compiles)
     _keep(found, wanted.out)  # if that can't be done, better told now
 
     def add(row: Row) -> None:
@@ -132,7 +132,8 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         add(row)
     if wanted.against:
         sizes = wanted.batches or (wanted.batch,)
-        for fight in duel(checkpoint, setting, kept, sizes, max(wanted.runs, 5), compiled=wanted.compiles):
+        found["ours"] = [technique.name for technique in ours]  # what a job can have, whatever else was kept
+        for fight in duel(checkpoint, setting, ours, sizes, max(wanted.runs, 5), compiled=wanted.compiles):
             found["duels"].append(fight.told())
             _keep(found, wanted.out)
             tell(
@@ -142,7 +143,7 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     quality = None
     if wanted.gate:
         scorer = find_scorer(wanted.scorer, wanted.model, wanted.device)
-        quality = gate(checkpoint, setting, float8, wanted.gate, wanted.batch, scorer)
+        quality = gate(checkpoint, setting, ours, float8, wanted.gate, wanted.batch, scorer)
         found["gate"] = quality.told()
         tell(f"model.fp8, {quality.line()}")
     if wanted.out is not None:

@@ -80,6 +80,9 @@ def vae_as_unet(subject: Subject) -> None:
 
 
 def compile_whole(subject: Subject, mode: str | None = None) -> None:
+    import torch._inductor.config as inductor  # seconds to import
+
+    inductor.deterministic = False  # as in a process that has not compiled block by block before
     subject.unet.compile(fullgraph=True, dynamic=False, mode=mode)
     subject.vae._decode = torch.compile(subject.vae._decode, dynamic=False)  # type: ignore[method-assign]
 
@@ -105,6 +108,8 @@ def _vae_is_alike(subject: Subject) -> str | None:
     return "the VAE computes as the U-Net does already" if same else None
 
 
+#: How jobs compile, with ``model.compile``.
+BLOCKS = Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler")
 #: In the order in which they are added; each stays when it makes pictures faster.
 TECHNIQUES = (
     Technique("text once a distinct prompt", read_texts_once),
@@ -118,13 +123,14 @@ TECHNIQUES = (
     Technique("attention: cuDNN", partial(attend_by, Backend.CUDNN_ATTENTION), _without_cuda, of="attention"),
     Technique("VAE in the U-Net's format", vae_as_unet, _vae_is_alike, coarser=True),
     Technique("VAE picture by picture", slice_vae),
-    Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler"),
+    BLOCKS,
     Technique("compiled as a whole", compile_whole, _without_compiler, of="compiler"),
     Technique("CUDA graphs", partial(compile_whole, mode="reduce-overhead"), _without_cuda, of="compiler"),
     Technique("float8 linear layers", float8, _without_float8, coarser=True),
 )
 
 
-def as_in_jobs(device: str) -> tuple[Technique, ...]:
-    """What ``LatentDiffusion`` does without being asked."""
-    return TECHNIQUES[: 4 if device == "cuda" else 3]
+def as_in_jobs(device: str, *, compiled: bool = False) -> tuple[Technique, ...]:
+    """What jobs do: ``LatentDiffusion`` by itself, and with ``model.compile`` as far as that can be had here."""
+    own = TECHNIQUES[: 4 if device == "cuda" else 3]
+    return (*own, BLOCKS) if compiled and compiler_lacking(device) is None else own

@@ -58,12 +58,15 @@ def waterfall(
             continue
         tried = (*(other for other in kept if technique.of is None or other.of != technique.of), technique)
         del subject
-        subject = prepared(checkpoint, setting, tried)
+        failure = ""
         try:
+            subject = prepared(checkpoint, setting, tried)
             timing, pictures = _measured(subject, setting, batch, runs, requests)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            yield Row(technique.name, lacking=_short(error)), kept
+        except Exception as error:  # of a kernel, a compiler: whatever it is, the rows after it can be measured
+            failure = _short(error)
+        if failure:  # out of the exception, which held the model
             subject = prepared(checkpoint, setting, kept)
+            yield Row(technique.name, lacking=failure), kept
             continue
         distance = psnr(pictures, reference)
         faithful = not technique.coarser or distance is None or distance >= LEAST_PSNR
@@ -89,6 +92,8 @@ def by_batch(
 def prepared(checkpoint: Checkpoint, setting: Setting, techniques: Sequence[Technique]) -> Subject:
     """A model with these techniques, as a process that has just started would have it."""
     gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
     if "torch._dynamo" in sys.modules:  # takes seconds to import
         torch._dynamo.reset()
     subject = load_subject(checkpoint, setting.device, setting.dtype)

@@ -45,15 +45,16 @@ def compile_into(folder: Path, threads: int) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     inductor.compile_threads = threads
-    # Kernels are chosen by rule, not by which was faster just then: what is compiled elsewhere computes the same.
-    inductor.deterministic = True
 
 
 def compile_blocks(model: LatentDiffusion) -> None:
     """Compile the U-Net's and the decoder's blocks, each shape of theirs when it first comes by."""
     import torch._dynamo.config as dynamo  # as above
+    import torch._inductor.config as inductor
 
     dynamo.recompile_limit = _MOST_KINDS
+    # Kernels are chosen by rule, not by which was faster just then: what is compiled elsewhere computes the same.
+    inductor.deterministic = True
     networks: tuple[nn.Module, ...] = (model.unet, model.vae.decoder)
     for network in networks:
         for module in network.modules():

@@ -73,7 +73,7 @@ def _problems(component: Component) -> list[str]:
 
 def _peak(checkpoint: Checkpoint) -> int:
     width, height = checkpoint.default_size
-    return peak_bytes(checkpoint, dtype="float16", batch=1, width=width, height=height).peak
+    return peak_bytes(checkpoint, dtype="float16", batch=1, width=width, height=height, on_gpu=True).peak
 
 
 def _network(component: Component) -> NetworkFacts:

@@ -3,7 +3,8 @@
 What is counted are tensors: weights, activations, conditioning, latents, pictures. What is not: the allocator's
 fragmentation and rounding, workspaces of cuDNN and cuBLAS, the CUDA context (about half a gigabyte), and what several
 steps of a sampler keep of latents (less than a thousandth). Attention counts as its output alone: fused kernels never
-hold the matrix of all pairs.
+hold the matrix of all pairs. On a GPU group norms and convolutions copy what they get into another layout (channels
+first, channels last) for as long as they take; that is counted with ``on_gpu``.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def peak_bytes(
     vae_slicing: bool = False,
     offload_text_encoders: bool = False,
     guided: bool = True,
+    on_gpu: bool = False,
 ) -> Memory:
     """What ``LatentDiffusion.generate`` takes for ``batch`` pictures from prompts of one chunk.
 
@@ -78,7 +80,8 @@ def peak_bytes(
     weights |= {part.name: _weights(encoder) for part, encoder in zip(checkpoint.text_encoders, encoders, strict=True)}
     of_encoders = [weights[part.name] for part in checkpoint.text_encoders]
     resident = weights["unet"] + weights["vae"] + (0 if offload_text_encoders else sum(of_encoders))
-    encoding, denoising, decoding = activations(model, batch=batch, width=width, height=height, guided=guided)
+    size = {"batch": batch, "width": width, "height": height}
+    encoding, denoising, decoding = activations(model, **size, guided=guided, on_gpu=on_gpu)
     return Memory(
         weights,
         encoding=resident + encoding + (max(of_encoders) if offload_text_encoders else 0),
@@ -88,10 +91,12 @@ def peak_bytes(
     )
 
 
-def activations(model: LatentDiffusion, *, batch: int, width: int, height: int, guided: bool) -> tuple[int, int, int]:
+def activations(
+    model: LatentDiffusion, *, batch: int, width: int, height: int, guided: bool, on_gpu: bool = False
+) -> tuple[int, int, int]:
     """The most bytes alive, beside the weights, while a model encodes, denoises (one step) and decodes."""
     factor, channels = model.vae.config.downscale, model.vae.config.latent_channels
-    with live_tensors(model.device) as live:
+    with live_tensors(model.device, on_gpu=on_gpu) as live:
         # All distinct is the most that a batch takes; beyond some, another text's states are nothing beside a picture.
         prompts = [str(number % _DISTINCT) for number in range(batch)]
         conditioning = given = model.encode(prompts, size=(width, height))
@@ -147,6 +152,11 @@ class LiveTensors:
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._forget, storage.nbytes()).atexit = False
 
+    def copied(self, tensor: torch.Tensor) -> None:
+        """Count a copy of a tensor that is gone again."""
+        if tensor.device == self.device:
+            self.peak = max(self.peak, self.now + tensor.nbytes)
+
     def restart(self) -> int:
         """The peak so far; a new one begins from what is alive."""
         peak, self.peak = self.peak, self.now
@@ -164,20 +174,24 @@ class LiveTensors:
 
 
 @contextmanager
-def live_tensors(device: torch.device | str) -> Iterator[LiveTensors]:
-    """Follow all tensors that are made on ``device`` in here, until they are gone."""
+def live_tensors(device: torch.device | str, *, on_gpu: bool = False) -> Iterator[LiveTensors]:
+    """Follow all tensors that are made on ``device`` in here, until they are gone; with what a GPU copies, or not."""
     live = LiveTensors(torch.device(device))
-    every = _EveryFunction(live)
+    every = _EveryFunction(live, _COPYING if on_gpu else ())
     with every, _FusedAttention(live, every):
         yield live
 
 
-class _EveryFunction(TorchDispatchMode):
-    """Shows ``live`` what each of PyTorch's basic functions makes."""
+#: Functions whose GPU kernels want their input in another layout than those before them leave it.
+_COPYING = (torch.ops.aten.conv2d.default, torch.ops.aten.group_norm.default)
 
-    def __init__(self, live: LiveTensors) -> None:
+
+class _EveryFunction(TorchDispatchMode):
+    """Shows ``live`` what each of PyTorch's basic functions makes; those of ``copying`` copy their input, too."""
+
+    def __init__(self, live: LiveTensors, copying: tuple[Any, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = live
+        self.live, self.copying = live, copying
         self.looking = True
 
     def __torch_dispatch__(
@@ -186,6 +200,8 @@ class _EveryFunction(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.looking:
             self.live.follow(result, (args, kwargs))
+            if func in self.copying:
+                self.live.copied(args[0])
         return result
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from sdbatch import __version__
 from sdbatch.engine.cluster import ray_session, too_small
-from sdbatch.engine.machine import cpus, memory_bytes
-from sdbatch.engine.models.loading import bring, checks_footprint, find_job_checks, find_model
+from sdbatch.engine.machine import cpus
+from sdbatch.engine.models.loading import bring, find_job_checks, find_model, footprint
 from sdbatch.engine.models.null import NULL
+from sdbatch.engine.planning.batching import device_bytes
 from sdbatch.engine.planning.reading import check_columns
 from sdbatch.errors import SdbatchError, StorageError
 from sdbatch.prompts import find_table
@@ -149,37 +150,25 @@ def _model(spec: JobSpec) -> list[Finding]:
 def _memory(spec: JobSpec) -> list[Finding]:
     if spec.model.uri == NULL:
         return [_fine("memory", "no network, none needed")]
-    import torch
+    from sdbatch.diffusion import open_checkpoint  # torch takes seconds
 
-    from sdbatch.diffusion import open_checkpoint
-    from sdbatch.diffusion.memory import peak_bytes
-
-    tokenizer = None if spec.model.tokenizer is None else bring(spec.model.tokenizer)
-    checkpoint = open_checkpoint(bring(spec.model.uri), tokenizer, spec.model.prediction_type)
-    width, height = checkpoint.default_size
-    size = spec.resources.batch_size
+    model, size = spec.model, spec.resources.batch_size
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": "float32"})  # auto takes no more
+    tokenizer = None if model.tokenizer is None else bring(model.tokenizer)
+    width, height = open_checkpoint(bring(model.uri), tokenizer, model.prediction_type).default_size
     batch = size if isinstance(size, int) else 1  # auto takes what there is room for
-    needed = peak_bytes(
-        checkpoint,
-        dtype="float32" if spec.model.dtype == "auto" else spec.model.dtype,  # auto takes no more
-        batch=batch,
-        width=spec.generate.width or width,
-        height=spec.generate.height or height,
-        vae_tiling=spec.model.vae_tiling,
-        vae_slicing=spec.model.vae_slicing,
-        offload_text_encoders=spec.model.offload_text_encoders,
-    ).peak + checks_footprint(spec)(batch)
-    told = f"an actor takes {needed / 1e9:,.2f} GB at batches of {batch}"
-    if spec.resources.gpus_per_actor:
-        if not torch.cuda.is_available():
-            return [Finding("memory", _ODD, told, "compare it with the cluster's GPUs: there is none here")]
-        there = torch.cuda.get_device_properties(0).total_memory * min(spec.resources.gpus_per_actor, 1)
-    elif os.environ.get("RAY_ADDRESS"):
+    takes = footprint(
+        spec.model_copy(update={"model": model}), spec.generate.width or width, spec.generate.height or height
+    )
+    told = f"an actor takes {takes(batch) / 1e9:,.2f} GB at batches of {batch}"
+    if os.environ.get("RAY_ADDRESS"):
         return [_fine("memory", told)]
-    else:
-        there = memory_bytes() / spec.resources.fewest
-    told += f", of {there / 1e9:,.2f} GB"
-    if needed > there:
+    limit = device_bytes(spec.resources)
+    if limit is None:
+        return [Finding("memory", _ODD, told, "compare it with the cluster's GPUs: there is none here")]
+    told += f", of {limit / 1e9:,.2f} GB that it may take"
+    if takes(batch) > limit:
         return [Finding("memory", _BAD, told, "lower resources.batch_size or actors, or set model.dtype to float16")]
     return [_fine("memory", told)]
 

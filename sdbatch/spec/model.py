@@ -33,7 +33,8 @@ class Model(Section):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32",
-        description="Number format of the weights; auto: what is fastest where the job is planned, decided in the plan",
+        description="Number format of the weights, left out: float32 on the CPU, float16 on GPUs; auto: what is "
+        "fastest where the job is planned, decided in the plan",
     )
     fp8: bool = Field(
         False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,19 @@ def test_what_a_clip_takes_is_told_before_it_is_loaded() -> None:
         clip.vision_model(torch.zeros(3, 3, 64, 64))
     weights = sum(value.nbytes for value in clip.state_dict().values())
     assert image_encoder_bytes(component, 3) == weights + live.peak
+
+
+def test_on_a_gpu_the_copies_of_norms_and_convolutions_count() -> None:
+    size: Any = {"dtype": "bfloat16", "batch": 1, "width": 1024, "height": 1024}
+    here, there = (peak_bytes(SDXL, **size, on_gpu=on_gpu) for on_gpu in (False, True))
+    # At full size the decoder's widest block holds its input, the norm's copy of it and what the norm makes.
+    assert there.decoding - here.decoding >= 2 * 128 * 1024 * 1024
+    assert there.denoising >= here.denoising
+    assert (there.weights, there.resident) == (here.weights, here.resident)
+
+
+def test_a_large_batch_is_decoded_in_parts_of_a_fixed_size() -> None:
+    size: Any = {"dtype": "bfloat16", "width": 1024, "height": 1024}
+    eight, four = (peak_bytes(SDXL, **size, batch=batch) for batch in (8, 4))
+    # Four more pictures are kept, not made at the same time.
+    assert eight.decoding - four.decoding < (four.decoding - four.resident) / 10

@@ -158,8 +158,9 @@ def test_a_gpu_has_to_hold_both_batches(tmp_path: Path) -> None:
     spec = Planned(tmp_path).spec
     on_gpu = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_actor": 1.0})})
     model = LatentDiffusion.from_pretrained("builtin:shapes")
-    memory = peak_bytes(model.checkpoint, dtype="float32", batch=8, width=64, height=64)
-    assert footprint(spec, 64, 64)(8) == memory.peak
+    settings: Any = {"dtype": "float32", "batch": 8, "width": 64, "height": 64}
+    assert footprint(spec, 64, 64)(8) == peak_bytes(model.checkpoint, **settings).peak
+    memory = peak_bytes(model.checkpoint, **settings, on_gpu=True)
     assert footprint(on_gpu, 64, 64)(8) == memory.beside > memory.peak
     assert memory.beside < 2 * memory.peak
 

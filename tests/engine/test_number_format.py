@@ -59,6 +59,16 @@ def test_auto_needs_to_see_the_gpu_that_it_is_for(monkeypatch: pytest.MonkeyPatc
         with_format(spec_with("auto", gpus=1), None)
 
 
+def test_left_out_it_is_what_every_gpu_is_fast_in() -> None:
+    sections: Any = {"name": "t", "input": {"uri": "x.csv"}, "output": {"uri": "out"}}
+    for gpus, dtype in ((0, "float32"), (1, "float16"), (0.5, "float16")):
+        spec = parse_spec({**sections, "resources": {"gpus_per_actor": gpus}})
+        assert with_format(spec, None).model.dtype == dtype
+        assert with_format(parse_spec({**sections, "model": {"uri": "builtin:shapes"}}), None).model.dtype == "float32"
+    written = parse_spec({**sections, "resources": {"gpus_per_actor": 1}, "model": {"dtype": "float32"}})
+    assert with_format(written, None).model.dtype == "float32"
+
+
 @pytest.mark.usefixtures("ray_here")
 def test_the_format_is_in_the_plan_and_stays(write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_prompts(tmp_path, 3)

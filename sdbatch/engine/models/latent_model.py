@@ -230,6 +230,7 @@ def latent_footprint(model: Model, width: int, height: int, *, on_gpu: bool) -> 
             vae_tiling=model.vae_tiling,
             vae_slicing=model.vae_slicing,
             offload_text_encoders=model.offload_text_encoders,
+            on_gpu=on_gpu,
         )
         return memory.beside if on_gpu else memory.peak
 

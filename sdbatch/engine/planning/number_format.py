@@ -14,14 +14,18 @@ from sdbatch.spec import JobSpec
 def with_format(spec: JobSpec, standing: Job | None) -> JobSpec:
     """The spec with a format in place of ``auto``: the one that stands in the plan, or what is fast where it is made.
 
-    Raises UsageError where that is for a GPU and none is to be seen.
+    Left out it is float32 on the CPU and float16 on GPUs, which all of them are fast in.
+    Raises UsageError where auto is for a GPU and none is to be seen.
     """
-    if spec.model.dtype != "auto":
+    left_out = "dtype" not in spec.model.model_fields_set and spec.resources.device == "cuda"
+    if spec.model.dtype != "auto" and not left_out:
         return spec
     if standing is not None:
         return _with(spec, standing.spec["model"]["dtype"])
     if spec.model.uri == NULL:
         return _with(spec, "float32")
+    if left_out:
+        return _with(spec, "float16")
     import torch  # takes seconds
 
     from sdbatch.diffusion.processor import best_dtype
