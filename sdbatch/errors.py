@@ -8,7 +8,8 @@
     │   ├── OutputError          2   the output can't be used: unwritable, or no job in it
     │   └── PlanChanged          2   spec or input differ from what the output was planned from
     ├── StorageError             1   the store refused or stayed away; the job can be resumed
-    │   └── ObjectNotFound       1   no object under that key
+    │   ├── ObjectNotFound       1   no object under that key
+    │   └── StoreAway            1   out of reach, or it does not know who asks: no fault of what was asked for
     └── JobFailed                1   the job ended before its images were done; it can be resumed
         └── BudgetSpent          1   … because a limit that its spec sets was reached
     Interrupted                130   somebody asked to stop; the job can be resumed
@@ -78,6 +79,10 @@ class StorageError(SdbatchError):
 
 class ObjectNotFound(StorageError):
     """There is no object under that key."""
+
+
+class StoreAway(StorageError):
+    """The store can't be reached, or does not accept the credentials; what was asked for may be in order."""
 
 
 class JobFailed(SdbatchError):

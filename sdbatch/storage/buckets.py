@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from sdbatch.errors import ObjectNotFound, StorageError
-from sdbatch.storage.filesystems import filesystem, unsigned
+from sdbatch.errors import ObjectNotFound, StorageError, StoreAway
+from sdbatch.storage.filesystems import filesystem, is_away, unsigned
 from sdbatch.storage.store import Entry, Source, check_key
 
 _CREDENTIALS = {
@@ -70,4 +70,5 @@ class BucketFiles(Source):
         except (OSError, pa.ArrowException) as error:
             told = unsigned(" ".join(str(error).split()))
             whose = _CREDENTIALS[self.uri[:5]]
-            raise StorageError(f"{self.uri}/{key} can't be read: {told[:300]}; credentials come from {whose}") from None
+            kind = StoreAway if is_away(told) else StorageError
+            raise kind(f"{self.uri}/{key} can't be read: {told[:300]}; credentials come from {whose}") from None

@@ -25,6 +25,12 @@ HUB_NAME = re.compile(
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?)(?:/(?P<path>.*))?"
 )
 _PATIENCE = timedelta(seconds=30)
+_AWAY = re.compile(
+    r"cloud::Status\((UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED)\b"
+    r"|Azure Error: \[(\] (?!\d{3}\b)|AuthenticationFailed\]|\w*\] (401|408|429|5\d\d)\b)"
+    r"|AWS Error (NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT)\b"
+    r"|AWS Error \w+ \(HTTP status (408|429|5\d\d)\)"
+)
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -44,6 +50,11 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "hf":
         return fs.PyFileSystem(fs.FSSpecHandler(hub())), path
     return fs.LocalFileSystem(), path
+
+
+def is_away(told: str) -> bool:
+    """Is this what Arrow says of a store that can't be reached, is overloaded or does not know who asks?"""
+    return _AWAY.search(told) is not None
 
 
 def unsigned(told: str) -> str:

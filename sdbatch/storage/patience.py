@@ -27,7 +27,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as StoreConnectionError
 from botocore.parsers import ResponseParserError
 
-from sdbatch.errors import ObjectNotFound, StorageError
+from sdbatch.errors import ObjectNotFound, StorageError, StoreAway
 
 #: How long after its first failure an operation is tried again before the store counts as gone, in seconds.
 PATIENCE = 90.0
@@ -71,31 +71,34 @@ _NO_CREDENTIALS = "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_K
 _RENEW = "renew the credentials and run the same command again"
 _ALLOW = "the policy must allow s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket here"
 _REGION = "set AWS_DEFAULT_REGION to the bucket's region"
-_REMEDIES = {
-    "403": _ALLOW,
-    "AccessDenied": _ALLOW,
-    "AuthorizationHeaderMalformed": _REGION,
-    "EntityTooLarge": "make output.shard_size smaller",
+#: Refusals of whoever asks, whatever for.
+_UNKNOWN = {
     "ExpiredToken": _RENEW,
     "ExpiredTokenException": _RENEW,
     "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID or the profile",
     "InvalidClientTokenId": "check AWS_ACCESS_KEY_ID or the profile",
     "InvalidToken": "check AWS_SESSION_TOKEN",
-    "NotImplemented": "the store must know conditional puts (If-None-Match) and reading in parts (Range)",
-    "PermanentRedirect": _REGION,
-    "PreconditionFailed": "the object was replaced while it was read; run the same command again",
     "RequestExpired": "set this machine's clock",
     "RequestTimeTooSkewed": "set this machine's clock",
     "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
     "TokenRefreshRequired": _RENEW,
+}
+_REMEDIES = _UNKNOWN | {
+    "403": _ALLOW,
+    "AccessDenied": _ALLOW,
+    "AuthorizationHeaderMalformed": _REGION,
+    "EntityTooLarge": "make output.shard_size smaller",
+    "NotImplemented": "the store must know conditional puts (If-None-Match) and reading in parts (Range)",
+    "PermanentRedirect": _REGION,
+    "PreconditionFailed": "the object was replaced while it was read; run the same command again",
 }
 
 
 def patiently(where: str, operation: Callable[[], _Result], patience: float | None = None) -> _Result:
     """The operation's result, tried again after growing random pauses while what fails may pass.
 
-    Raises ObjectNotFound, and StorageError at once for what won't pass and after ``patience`` seconds of failures
-    (None: PATIENCE) for what might have.
+    Raises ObjectNotFound, and StorageError at once for what won't pass. After ``patience`` seconds of failures (None:
+    PATIENCE) that might have passed, and at once for credentials that are not accepted, that is StoreAway.
     """
     deadline, pause = None, 0.2
     while True:
@@ -140,7 +143,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _in_words(where: str, error: Exception) -> StorageError:
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return StorageError(f"{where}: {_NO_CREDENTIALS}")
+        return StoreAway(f"{where}: {_NO_CREDENTIALS}")
     if isinstance(error, ClientError):
         code = code_of(error)
         if code in {"NoSuchKey", "404"}:
@@ -150,8 +153,13 @@ def _in_words(where: str, error: Exception) -> StorageError:
             return StorageError(f"{where}: there is no bucket '{bucket}'; create it first")
         told = f"{code} {error.response.get('Error', {}).get('Message', '')}".strip().rstrip(".")
         remedy = f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
-        return StorageError(f"{where}: {error.operation_name} was refused: {told}{remedy}")
+        away = code in _UNKNOWN or _may_pass(error)
+        return (StoreAway if away else StorageError)(f"{where}: {error.operation_name} was refused: {told}{remedy}")
     if isinstance(error, SSLError) and not _may_pass(error):
-        return StorageError(f"{where}: no trusted connection: {error}; check the endpoint, or set AWS_CA_BUNDLE")
+        return StoreAway(f"{where}: no trusted connection: {error}; check the endpoint, or set AWS_CA_BUNDLE")
     told = " ".join(str(error).split())
-    return StorageError(f"{where}: the store can't be reached: {told}" if _may_pass(error) else f"{where}: {told}")
+    return (
+        StoreAway(f"{where}: the store can't be reached: {told}")
+        if _may_pass(error)
+        else StorageError(f"{where}: {told}")
+    )

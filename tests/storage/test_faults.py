@@ -13,7 +13,8 @@ from typing import Any
 import boto3
 import pytest
 
-from sdbatch.errors import Interrupted, ObjectNotFound, StorageError
+from sdbatch.engine.making.pictures import BadPicture, read_picture
+from sdbatch.errors import Interrupted, ObjectNotFound, StorageError, StoreAway
 from sdbatch.storage import patience
 from sdbatch.storage import s3 as s3_module
 from sdbatch.storage.s3 import S3Store
@@ -104,8 +105,41 @@ def test_a_server_that_stays_away_is_named(proxy: FaultProxy, store_by: Reach, m
     monkeypatch.setattr(patience, "PATIENCE", 0.5)
     store = store_by(proxy)
     proxy.outage(600)
-    with pytest.raises(StorageError, match="some/x: the store can't be reached: Could not connect"):
+    with pytest.raises(StoreAway, match="some/x: the store can't be reached: Could not connect"):
         store.put("x", b"")
+
+
+def test_a_row_is_at_fault_for_its_picture_unless_the_store_is_away(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    for where, told in (
+        ("s3://typo-bucket/a.png", "there is no bucket 'typo-bucket'"),
+        (f"s3://{bucket}/none/a.png", "does not exist"),
+    ):
+        with pytest.raises(BadPicture, match=told):
+            read_picture(where, "/", (8, 8))
+    for refusal, told in (
+        ("403 AccessDenied", "the policy must allow s3:GetObject"),  # S3, of a missing key to whoever may not list
+        ("400 KeyTooLongError", "KeyTooLongError"),
+    ):
+        proxy.set({refusal: 1.0})
+        with pytest.raises(BadPicture, match=f"init_image: .*{told}"):
+            read_picture("a.png", f"s3://{bucket}", (8, 8))
+    for refusal in ("400 ExpiredToken", "403 RequestTimeTooSkewed", "503 SlowDown"):
+        proxy.set({refusal: 1.0})
+        with pytest.raises(StoreAway):
+            read_picture("a.png", f"s3://{bucket}", (8, 8))
+
+
+def test_missing_credentials_are_no_fault_of_what_is_asked_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    with pytest.raises(StoreAway, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        S3Store(f"s3://{bucket}").get("x")
 
 
 def test_a_signal_is_no_fault_of_the_store(proxy: FaultProxy, store_by: Reach) -> None:
@@ -171,6 +205,7 @@ def test_what_will_not_pass_ends_at_once_with_its_remedy(proxy: FaultProxy, stor
             with pytest.raises(StorageError) as raised:
                 attempt()
             assert f"was refused: {refusal[4:]} The proxy says so; {remedy}" in str(raised.value)
+            assert isinstance(raised.value, StoreAway) == (refusal[4:] not in {"AccessDenied", "NotImplemented"})
             # The last two ask in other ways when an answer has no words.
             most = 3 if name in {"fetch", "exists"} else 1
             assert 1 <= proxy.counts()[refusal] - before <= most

@@ -8,9 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,10 +26,10 @@ from huggingface_hub import HfFileSystem
 from sdbatch.engine.making.pictures import BadPicture, read_picture
 from sdbatch.engine.planning import planner
 from sdbatch.engine.planning.reading import check_columns, read_slices
-from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError
+from sdbatch.errors import InputError, ObjectNotFound, OutputError, StorageError, StoreAway
 from sdbatch.prompts import InputFile, Table, changed_files, find_table, read_wildcards
 from sdbatch.spec import Input, Prompt, parse_spec
-from sdbatch.storage import Entry, open_source, open_store
+from sdbatch.storage import Entry, filesystems, open_source, open_store
 from sdbatch.storage.buckets import BucketFiles
 from sdbatch.storage.hub import HubFiles
 from tests import azure_server, hub_server
@@ -181,6 +185,76 @@ def test_rows_may_start_from_pictures_beside_the_table(place: Place) -> None:
     assert read_picture("init.png", open_source(place.uri).uri, (16, 8)).shape == (8, 16, 3)
     with pytest.raises(BadPicture, match=r"none\.png does not exist"):
         read_picture("none.png", place.uri, (16, 8))
+
+
+def test_a_row_is_at_fault_for_a_picture_that_it_may_not_have(hub: tuple[Hub, Place]) -> None:
+    for where, told in (
+        ("hf://datasets/studio/gated/a.png", "terms must be accepted"),
+        ("hf://datasets/studio/none/a.png", "there is no such data set, or it is private"),
+        ("hf://datasets/studio/prompts@v9/a.png", "has no such revision"),
+        ("hf://datasets/studio/a.png", "should be hf://datasets/OWNER/NAME"),
+        ("hf://datasets/studio/two--dashes/a.png", "Cannot have -- or"),
+    ):
+        with pytest.raises(BadPicture, match=told):
+            read_picture(where, "/", (16, 8))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "is_away"),
+    [
+        ("gs", None, True),
+        ("gs", 401, True),
+        ("gs", 403, False),
+        ("gs", 503, True),
+        ("az", None, True),
+        ("az", 403, False),
+        ("az", 503, True),
+        ("hf", None, True),
+        ("hf", 403, False),
+        ("hf", 429, True),
+        ("hf", 500, True),
+    ],
+)
+def test_a_store_that_is_away_ends_the_job_and_no_row(
+    scheme: str, answer: int | None, is_away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``answer``: to whatever is asked; None: nobody is there."""
+    monkeypatch.setattr(filesystems, "_PATIENCE", timedelta(seconds=1))
+    with answering(answer) as at:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{at}")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{at}")
+        monkeypatch.setenv(
+            "AZURE_STORAGE_CONNECTION_STRING",
+            f"AccountName=a;AccountKey={azure_server.KEY};BlobEndpoint=http://{at}/a;",
+        )
+        where = f"{scheme}://{f'datasets/{scheme}{answer}/name' if scheme == 'hf' else f'{scheme}{answer}'}/a.png"
+        with pytest.raises(StoreAway if is_away else BadPicture, match="can't be read"):
+            read_picture(where, "/", (16, 8))
+
+
+@contextmanager
+def answering(status: int | None) -> Iterator[str]:
+    """Where a server refuses everything with that status; with None, where none is."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status or 0)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        if status is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        if status is not None:
+            server.shutdown()
 
 
 def test_wildcards_are_read_from_there(place: Place) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sdbatch.errors import ObjectNotFound
+from sdbatch.errors import StorageError, StoreAway
 from sdbatch.storage import read_object
 
 #: A picture with more pixels than this is refused before it is unpacked, as is one with a longer side: resizing takes
@@ -86,7 +86,9 @@ def _read(uri: str, field: str) -> bytes:
     if "://" in uri:
         try:
             return read_object(uri)
-        except ObjectNotFound as error:
+        except StoreAway:
+            raise
+        except StorageError as error:
             raise BadPicture(f"{field}: {error}") from None
     path = Path(uri)
     try:
