@@ -19,7 +19,8 @@ Messages say what was wrong, where (field, file and row, URI) and what to do abo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -83,6 +84,17 @@ class ObjectNotFound(StorageError):
 
 class StoreAway(StorageError):
     """The store can't be reached, or does not accept the credentials; what was asked for may be in order."""
+
+
+@contextmanager
+def told_of(field: str, mistake: type[UsageError]) -> Iterator[None]:
+    """What a store says is told of a field: as such a mistake, or as it is where another time may do."""
+    try:
+        yield
+    except StoreAway as error:
+        raise StoreAway(f"{field}: {error}") from None
+    except StorageError as error:
+        raise mistake(f"{field}: {error}") from None
 
 
 class JobFailed(SdbatchError):

@@ -14,7 +14,7 @@ from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.folder import ENCODERS, read_folder, weights_name
 from sdbatch.diffusion.single_file import read_single_file
 from sdbatch.diffusion.tokenizer import CLIPTokenizer, clip_tokenizer, read_tokenizer
-from sdbatch.errors import ModelError
+from sdbatch.errors import ModelError, StoreAway
 
 _HUB = re.compile(r"hf:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/pr/\d+|[^/]+))?(/(?P<file>.+\.safetensors))?")
 _HUB_PART = re.compile(r"hf:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/pr/\d+|[^/]+))?(/(?P<part>[A-Za-z0-9_-]+))?")
@@ -143,7 +143,7 @@ def _ends(variant: str) -> tuple[str, ...]:
 
 
 def _fetch(found: re.Match[str], uri: str, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # takes long to import, and a local model never comes here
+    from huggingface_hub import constants, snapshot_download  # take long to import; a local model never comes here
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -161,7 +161,10 @@ def _fetch(found: re.Match[str], uri: str, wanted: list[str]) -> Path:
     except RevisionNotFoundError:
         told = f"the repository has no revision '{revision}'"
     except LocalEntryNotFoundError:
-        told = "the Hub can't be reached, or HF_HUB_OFFLINE is set, and the model is not whole in the cache"
+        if not constants.HF_HUB_OFFLINE:
+            told = "the Hub can't be reached, and the model is not whole in the cache"
+            raise StoreAway(f"model '{uri}' can't be fetched from the Hugging Face Hub: {told}") from None
+        told = "HF_HUB_OFFLINE is set, and the model is not whole in the cache"
     # The library's HTTP client has changed twice, and the errors of each come through as they are.
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from sdbatch.engine.machine import cpus
 from sdbatch.errors import JobFailed, UsageError
@@ -97,10 +98,14 @@ def _start(resources: Resources, own: bool) -> None:
         told = " ".join(str(error).split())
         if own:
             raise JobFailed(f"Ray does not start here: {told}; is it too busy, or the disk full?") from None
-        where = os.environ.get("RAY_ADDRESS")
-        raise UsageError(
-            f"RAY_ADDRESS: no Ray at {where}: {told}; check the address, the version there, and RAY_AUTH_MODE"
-        ) from None
+        raise _not_joined(error, f"RAY_ADDRESS: no Ray at {os.environ.get('RAY_ADDRESS')}: {told}") from None
+
+
+def _not_joined(error: Exception, told: str) -> JobFailed | UsageError:
+    """An address, version or token that is wrong, or else a cluster that may be up another time."""
+    if isinstance(error, (ValueError, AuthenticationError)) or "Version mismatch" in told:
+        return UsageError(f"{told}; check the address, the version there, and RAY_AUTH_MODE")
+    return JobFailed(f"{told}; is it up, and the address right?")
 
 
 def draining_nodes() -> set[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdbatch.errors import Problem, SpecError, UsageError
+from sdbatch.errors import JobFailed, Problem, SpecError, UsageError
 from sdbatch.spec import JobSpec
 
 #: What the job spec is called where it arrives.
@@ -80,7 +80,7 @@ class Sent:
 
 
 class JobServer:
-    """The job server of a Ray cluster. Raises UsageError when it can't be spoken to."""
+    """The job server of a Ray cluster. Raises JobFailed when it is out of reach, UsageError when it refuses us."""
 
     def __init__(self, address: str) -> None:
         if not re.match(r"https?://[^/\s]+", address):
@@ -91,38 +91,38 @@ class JobServer:
         try:
             self._client: Any = JobSubmissionClient(address)
         except Exception as error:  # Ray raises many kinds
-            raise UsageError(
+            raise _kind(error)(
                 f"--address: no Ray job server at {address}: {_told(error)}; check the address, that the cluster runs "
                 "with its dashboard (the package ray[default]), and RAY_AUTH_MODE"
             ) from None
 
     def send(self, submission: Submission) -> Sent:
         """Start the job, or find it at work. One that ended is started again under a name with a number."""
-        earlier = {job.submission_id: str(job.status) for job in self._client.list_jobs()}
-        name, attempt = submission.id, 1
-        while name in earlier:
-            if earlier[name] not in _ENDED:
-                return Sent(name, attached=True)
-            attempt += 1
-            name = f"{submission.id}-{attempt}"
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / SPEC_NAME).write_bytes(submission.text)
-            try:
+        try:
+            earlier = {job.submission_id: str(job.status) for job in self._client.list_jobs()}
+            name, attempt = submission.id, 1
+            while name in earlier:
+                if earlier[name] not in _ENDED:
+                    return Sent(name, attached=True)
+                attempt += 1
+                name = f"{submission.id}-{attempt}"
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / SPEC_NAME).write_bytes(submission.text)
                 self._client.submit_job(
                     entrypoint=submission.entrypoint, submission_id=name, runtime_env={"working_dir": folder}
                 )
-            except Exception as error:
-                raise UsageError(f"{self.address} refused the job: {_told(error)}") from None
+        except Exception as error:
+            raise _kind(error)(f"{self.address} does not take the job: {_told(error)}") from None
         return Sent(name, attached=False)
 
     def wait(self, name: str, on_text: Callable[[str], None]) -> int:
-        """Follow the job's log to its end; its exit code. Raises UsageError when the server goes away."""
+        """Follow the job's log to its end; its exit code. Raises JobFailed when the server goes away."""
         try:
             asyncio.run(self._follow(name, on_text))
             while str((info := self._client.get_job_info(name)).status) not in _ENDED:
                 time.sleep(_PAUSE)
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"{self.address} went away: {_told(error)}; {name} may well go on there") from None
+            raise JobFailed(f"{self.address} went away: {_told(error)}; {name} may well go on there") from None
         if info.driver_exit_code is not None:
             return int(info.driver_exit_code)
         if str(info.status) == "FAILED":
@@ -132,6 +132,11 @@ class JobServer:
     async def _follow(self, name: str, on_text: Callable[[str], None]) -> None:
         async for text in self._client.tail_job_logs(name):
             on_text(text)
+
+
+def _kind(error: Exception) -> type[JobFailed | UsageError]:
+    """What an error of the client is: a server out of reach, or an address, version or token that is wrong."""
+    return JobFailed if isinstance(error, OSError) and not isinstance(error, ValueError) else UsageError
 
 
 def _told(error: object) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdbatch.engine.models.null import NULL
-from sdbatch.errors import JobFailed, OutputError, PlanChanged, StorageError, UsageError
+from sdbatch.errors import JobFailed, OutputError, PlanChanged, UsageError, told_of
 from sdbatch.evaluation import fidelity as fidelities
 from sdbatch.evaluation.fidelity import Fidelity
 from sdbatch.evaluation.pictures import read_back
@@ -75,7 +75,7 @@ def prepare(
         for fixed, instead in _ELSEWHERE.items():
             if field == fixed or field.startswith(f"{fixed}."):
                 raise UsageError(f"--set {field}: {instead}")
-    try:
+    with told_of("OUTPUT", OutputError):
         store = open_store(output)
         made = find_job(open_store(f"{store.uri}/pictures"))
         spec = _spec(model, store, settings, overrides)
@@ -86,8 +86,6 @@ def prepare(
             raise PlanChanged(
                 f"{store.uri} holds pictures of other prompts, samplers, steps or guidance; choose another output"
             )
-    except StorageError as error:
-        raise OutputError(f"OUTPUT: {error}") from None
     return Evaluation(spec, store, tuple(dict.fromkeys(settings)), prompts_per_cell, seed)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdbatch.errors import InputError, StorageError
+from sdbatch.errors import InputError, told_of
 from sdbatch.spec import Input
 from sdbatch.storage import Entry, Source, open_source, root_length
 
@@ -46,7 +46,7 @@ class Table:
 
 def find_table(source: Input) -> Table:
     """Look up the files that ``source.uri`` names. Raises InputError where there are none, or of two kinds."""
-    try:
+    with told_of("input.uri", InputError):
         root, entries = _matching(source)
         if not entries:
             raise InputError(
@@ -61,8 +61,6 @@ def find_table(source: Input) -> Table:
         files = [
             InputFile(entry.key, f"{root.uri}/{entry.key}", entry.size, root.version(entry.key)) for entry in entries
         ]
-    except StorageError as error:
-        raise InputError(f"input.uri: {error}") from None
     return Table(kinds[files[0].name], tuple(files))
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sdbatch.errors import InputError, StorageError
+from sdbatch.errors import InputError, told_of
 from sdbatch.prompts.expansion import Wildcards, longest, matching
 from sdbatch.prompts.template import (
     MOST_NESTED,
@@ -43,7 +43,7 @@ def read_wildcards(prompt: Prompt) -> WildcardFiles:
     """
     lines: dict[str, tuple[Option, ...]] = {}
     sums: dict[str, str] = {}
-    try:
+    with told_of("prompt.wildcards", InputError):
         store = open_source(prompt.wildcards or "")
         sizes = {e.key.removesuffix(".txt"): e.size for e in store.list() if e.key.endswith(".txt")}
         if not sizes:
@@ -60,8 +60,6 @@ def read_wildcards(prompt: Prompt) -> WildcardFiles:
             data = store.get(f"{name}.txt")
             lines[name], sums[name] = tuple(_options(data, f"{name}.txt")), hashlib.sha256(data).hexdigest()
             wanted += [found for option in lines[name] for found in _named(option.parts, sizes)]
-    except StorageError as error:
-        raise InputError(f"prompt.wildcards: {error}") from None
     lines, sums = dict(sorted(lines.items())), dict(sorted(sums.items()))
     found = WildcardFiles(lines, sums)
     _refuse_unending(found.lines)

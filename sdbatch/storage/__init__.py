@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from sdbatch.errors import StorageError
 from sdbatch.storage.buckets import BUCKETS, BucketFiles
-from sdbatch.storage.filesystems import HUB, HUB_NAME, filesystem, unsigned
+from sdbatch.storage.filesystems import HUB, HUB_NAME, filesystem, is_away, open_file, unsigned
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.store import Entry, Source, Store
 
@@ -19,6 +19,8 @@ __all__ = [
     "Source",
     "Store",
     "filesystem",
+    "is_away",
+    "open_file",
     "open_source",
     "open_store",
     "read_object",

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as fs
 
-from sdbatch.errors import StorageError
+from sdbatch.errors import StorageError, StoreAway
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
@@ -25,6 +28,8 @@ HUB_NAME = re.compile(
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?)(?:/(?P<path>.*))?"
 )
 _PATIENCE = timedelta(seconds=30)
+#: Refusals by the Hub of what was asked for; others are for load, or of who asks.
+_REFUSED = set(range(400, 500)) - {401, 408, 429}
 _AWAY = re.compile(
     r"cloud::Status\((UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|ABORTED)\b"
     r"|Azure Error: \[(\] (?!\d{3}\b)|AuthenticationFailed\]|\w*\] (401|408|429|5\d\d)\b)"
@@ -50,6 +55,31 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "hf":
         return fs.PyFileSystem(fs.FSSpecHandler(hub())), path
     return fs.LocalFileSystem(), path
+
+
+@contextmanager
+def open_file(uri: str) -> Iterator[pa.NativeFile]:
+    """A file to be read by Arrow, whose errors come as they are. Raises StoreAway where its store is out of reach."""
+    files, path = filesystem(uri)
+    try:
+        with files.open_input_file(path) as file:
+            yield file
+    except Exception as error:
+        told = unsigned(" ".join(str(error).split()))
+        if is_away(told) or (uri.startswith(HUB) and hub_is_away(error)):
+            raise StoreAway(f"{uri} can't be read: {told}") from None
+        raise
+
+
+def hub_is_away(error: Exception) -> bool:
+    """Is this what reading from the Hub raises while it can't be reached, is overloaded or does not know who asks?
+
+    The library's HTTP client has changed twice, and the errors of each come through as they are.
+    """
+    damaged = type(error) is OSError or isinstance(error, pa.ArrowException)  # contents that Arrow can't read
+    if damaged or isinstance(error, (ValueError, FileNotFoundError)):
+        return False
+    return getattr(getattr(error, "response", None), "status_code", None) not in _REFUSED
 
 
 def is_away(told: str) -> bool:

@@ -16,12 +16,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sdbatch.errors import ObjectNotFound, StorageError, StoreAway
-from sdbatch.storage.filesystems import HUB, HUB_NAME, hub, unsigned
+from sdbatch.storage.filesystems import HUB, HUB_NAME, hub, hub_is_away, unsigned
 from sdbatch.storage.store import Entry, Source, check_key
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-#: Refusals of what was asked for; others are for load, or of who asks.
-_REFUSED = set(range(400, 500)) - {401, 408, 429}
 
 
 class HubFiles(Source):
@@ -91,11 +89,9 @@ def _asking(uri: str, repo: str) -> Iterator[None]:
         told = "the data set has no such revision"
     except FileNotFoundError:
         raise ObjectNotFound(f"{uri} does not exist") from None
-    # The library's HTTP client has changed twice, and the errors of each come through as they are.
     except Exception as error:
         told = unsigned(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-        refused = getattr(getattr(error, "response", None), "status_code", None) in _REFUSED
-        if not refused and not isinstance(error, ValueError):  # of its own kinds of those: a name that is none
+        if hub_is_away(error):
             raise StoreAway(f"{uri} can't be read from the Hugging Face Hub: {told}") from None
     else:
         return

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from sdbatch import cli
+from sdbatch.engine import cluster
 from sdbatch.engine.submission import submission_of
 from sdbatch.spec import load_spec, today
 from sdbatch.storage import open_store
@@ -127,7 +129,7 @@ def test_the_same_job_has_the_same_id_whatever_the_day(write_job: Callable[..., 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--address", "http://127.0.0.1:1"], "no Ray job server at http://127.0.0.1:1"),
+        (["--address", "http://host:port"], "no Ray job server at http://host:port"),
         (["--address", "127.0.0.1:8265"], "should be the cluster's dashboard"),
         (["--address", "http://127.0.0.1:1", "--set", "input.uri=here.csv"], "input.uri: is 'here.csv'"),
         (["--address", "http://127.0.0.1:1", "--set", "model.loras=[{uri: a}]"], "model.loras.0.uri: is 'a'"),
@@ -148,3 +150,19 @@ def test_what_cannot_be_sent_is_told(
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert cli.call(["submit", str(write_job()), *options]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cluster_out_of_reach_is_no_mistake(
+    write_job: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Schedules start again what ended with 1, never what ended with 2."""
+    assert cli.call(["submit", str(write_job()), "--address", "http://127.0.0.1:1"]) == 1
+    assert "no Ray job server at http://127.0.0.1:1" in " ".join(capsys.readouterr().err.split())
+    for error, code in (
+        (ConnectionError("ray client connection timeout"), 1),
+        (RuntimeError("Failed to get node info"), 1),
+        (RuntimeError("Version mismatch: The cluster was started with: Ray: 2.0"), 2),
+        (AuthenticationError("Token authentication is enabled"), 2),
+        (ValueError("Invalid address format: nonsense"), 2),
+    ):
+        assert cluster._not_joined(error, str(error)).exit_code == code

@@ -69,7 +69,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 CLIENT = """
 import json, sys
 from sdbatch.diffusion import open_checkpoint
-from sdbatch.errors import ModelError
+from sdbatch.errors import SdbatchError
 for uri in sys.argv[2:]:
     try:
         found = open_checkpoint(uri, tokenizer=sys.argv[1])
@@ -77,7 +77,7 @@ for uri in sys.argv[2:]:
             part.skeleton()
         told = {"path": str(found.path), "family": found.family, "predicts": found.schedule.prediction_type,
                 "unet": sorted(set(found.unet.weights.dtypes.values()))}
-    except ModelError as error:
+    except SdbatchError as error:
         told = {"error": str(error)}
     print(json.dumps(told))
 """
@@ -223,12 +223,12 @@ def test_a_local_model_never_touches_the_network(hub: Hub, monkeypatch: pytest.M
 CLIPS = """
 import sys
 from sdbatch.checks import find_checks
-from sdbatch.errors import ModelError
+from sdbatch.errors import SdbatchError
 from sdbatch.spec import Checks
 for name, uri in (word.split("=") for word in sys.argv[1:]):
     try:
         print(find_checks(Checks.model_validate({name: {"model": uri}})).paths[name])
-    except ModelError as error:
+    except SdbatchError as error:
         print(error)
 """
 

@@ -14,7 +14,11 @@ import boto3
 import pytest
 
 from sdbatch.engine.making.pictures import BadPicture, read_picture
-from sdbatch.errors import Interrupted, ObjectNotFound, StorageError, StoreAway
+from sdbatch.engine.models.loading import bring
+from sdbatch.engine.planning import planner
+from sdbatch.errors import Interrupted, ObjectNotFound, StorageError, StoreAway, UsageError
+from sdbatch.prompts import find_table, read_wildcards
+from sdbatch.spec import Prompt, parse_spec
 from sdbatch.storage import patience
 from sdbatch.storage import s3 as s3_module
 from sdbatch.storage.s3 import S3Store
@@ -131,6 +135,32 @@ def test_a_row_is_at_fault_for_its_picture_unless_the_store_is_away(
         proxy.set({refusal: 1.0})
         with pytest.raises(StoreAway):
             read_picture("a.png", f"s3://{bucket}", (8, 8))
+
+
+def test_a_store_that_is_away_is_no_mistake_in_the_spec(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    uri = f"s3://{bucket}/x"
+    spec = parse_spec({"name": "t", "input": {"uri": f"{uri}.csv"}, "output": {"uri": uri}})
+    looks: dict[str, Callable[[], object]] = {
+        "output.uri": lambda: planner.open_output(spec),
+        "input.uri": lambda: find_table(spec.input),
+        "prompt.wildcards": lambda: read_wildcards(Prompt(template="__a__", wildcards=uri)),
+        "model": lambda: bring(uri),
+    }
+    for refusal, kind in (
+        ("503 SlowDown", StoreAway),
+        ("400 ExpiredToken", StoreAway),
+        ("403 AccessDenied", UsageError),
+    ):
+        proxy.set({refusal: 1.0})
+        for field, look in looks.items():
+            with pytest.raises(
+                kind, match=f"^{field}.*: s3://{bucket}/x.* was refused: ({refusal[:3]}|{refusal[4:]}) "
+            ):
+                look()
 
 
 def test_missing_credentials_are_no_fault_of_what_is_asked_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

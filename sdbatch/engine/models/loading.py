@@ -14,7 +14,7 @@ from sdbatch.engine.models.compiled import CompiledCode
 from sdbatch.engine.models.image_model import FoundModel, ImageModel
 from sdbatch.engine.models.null import NULL, NullModel, find_null
 from sdbatch.engine.models.turns import Desk
-from sdbatch.errors import ModelError, StorageError
+from sdbatch.errors import ModelError, told_of
 from sdbatch.spec import Checks, JobSpec, Model
 from sdbatch.storage import open_store
 
@@ -151,7 +151,7 @@ def bring(uri: str) -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdbatch/models"
     single = uri.endswith(".safetensors")
     root, _, name = uri.rpartition("/") if single else (uri, "", "")
-    try:
+    with told_of(f"model '{uri}'", ModelError):
         store = open_store(root)
         keys = [name] if single else [entry.key for entry in store.list() if _wanted(entry.key)]
         if not keys:
@@ -159,17 +159,16 @@ def bring(uri: str) -> str:
         versions = [[root, key, store.version(key)] for key in keys]
         # What lies there now has a folder of its own: files that were there once are in another.
         folder = cache / hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]
-        for key in keys:
-            kept = folder / key
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-                store.fetch(key, partial)
-                partial.replace(kept)
-    except StorageError as error:
-        raise ModelError(f"model '{uri}': {error}") from None
-    except OSError as error:
-        raise ModelError(f"model '{uri}' can't be kept in {cache}: {error}") from None
+        try:
+            for key in keys:
+                kept = folder / key
+                if not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+                    store.fetch(key, partial)
+                    partial.replace(kept)
+        except OSError as error:
+            raise ModelError(f"model '{uri}' can't be kept in {cache}: {error}") from None
     return str(folder / name if single else folder)
 
 

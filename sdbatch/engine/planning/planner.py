@@ -20,7 +20,7 @@ from sdbatch.engine.planning.ids import ID_ROWS, Doubles, find_doubles
 from sdbatch.engine.planning.number_format import check_computing, with_format
 from sdbatch.engine.planning.reading import check_columns, read_ids, read_slices
 from sdbatch.engine.planning.slices import SHOWN, PlannedSlice, Planning, slices_digested, slices_planned
-from sdbatch.errors import InputError, OutputError, StorageError, UsageError
+from sdbatch.errors import InputError, OutputError, UsageError, told_of
 from sdbatch.ledger import (
     Job,
     Part,
@@ -89,7 +89,7 @@ class Prepared:
 
 
 def prepare(spec: JobSpec) -> Prepared:
-    """Look up everything that the spec names. Raises ModelError, InputError or OutputError."""
+    """Look up everything that the spec names. Raises ModelError, InputError or OutputError, or StoreAway."""
     check_computing(spec)
     model = find_model(spec.model)
     if spec.generate.clip_skip > model.most_clip_skip:
@@ -111,14 +111,12 @@ def prepare(spec: JobSpec) -> Prepared:
 
 def open_output(spec: JobSpec) -> Store:
     """The output's store, tried out by writing to it. Raises OutputError if it can't be used."""
-    try:
+    with told_of("output.uri", OutputError):
         store = open_store(spec.output.uri)
         store.delete("_sdbatch/probe")
         store.put_if_absent("_sdbatch/probe", b"may this be written?\n")
         store.delete("_sdbatch/probe")
         foreign = next(iter(store.list("data/")), None) if find_job(store) is None else None
-    except StorageError as error:
-        raise OutputError(f"output.uri: {error}") from None
     if foreign is not None:
         raise OutputError(f"output.uri: {store.uri} holds {foreign.key} but no job; choose an empty output")
     return store

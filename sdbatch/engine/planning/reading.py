@@ -16,10 +16,10 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from sdbatch.errors import InputError
+from sdbatch.errors import InputError, StoreAway
 from sdbatch.prompts import SLICE_ROWS, InputFile, Table, template_columns
 from sdbatch.spec import Input, JobSpec
-from sdbatch.storage import filesystem, unsigned
+from sdbatch.storage import filesystem, is_away, open_file, unsigned
 
 Row = dict[str, str | None]
 
@@ -37,7 +37,8 @@ def read_slices(spec: JobSpec, table: Table, planned: Sequence[int] = (), images
 
     Of rows that make many images a slice has fewer, for whoever plans it holds them all. Columns, all of text, have the
     spec's field names, ``keep:NAME`` for kept columns, ``word:NAME`` for those of the template, and ``fault`` where a
-    row is unreadable. The last slice may be shorter. Raises InputError for a file that can't be read or lacks a column.
+    row is unreadable. The last slice may be shorter. Raises InputError for a file that can't be read or lacks a column,
+    and StoreAway where its store is out of reach.
     """
     rows = max(min(SLICE_ROWS, _SLICE_IMAGES // images_a_row), 1)
     return _read(spec.input, table, check_columns(spec, table), chain(planned, repeat(rows)))
@@ -60,9 +61,8 @@ def _read(source: Input, table: Table, wanted: Mapping[str, str], sizes: Iterato
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         yield from _cut(batches, sizes, math.inf if source.limit is None else source.limit)
     except (RayError, OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(
-            f"input.uri: {source.uri} can't be read: {_remedy(error, table, sorted(set(wanted.values())))}"
-        ) from None
+        told = f"input.uri: {source.uri} can't be read: {_remedy(error, table, sorted(set(wanted.values())))}"
+        raise (StoreAway if is_away(told) else InputError)(told) from None
 
 
 def _cut(batches: Iterable[pa.Table], sizes: Iterator[int], left: float) -> Iterator[pa.Table]:
@@ -122,8 +122,7 @@ def _column_names(form: str, file: InputFile) -> list[str]:
     """The columns of a table; of lines of JSON, every key in the first lines."""
     if form == "text":
         return ["prompt"]
-    files, path = filesystem(file.uri)
-    with files.open_input_file(path) as opened:
+    with open_file(file.uri) as opened:
         if form == "jsonl":
             head = opened.read(_HEAD_BYTES)
             if len(head) == _HEAD_BYTES and b"\n" not in head:
@@ -256,8 +255,7 @@ def _compressed(table: Table, file: InputFile) -> str | None:
     """What to tell of a file of lines that is compressed."""
     if table.format == "parquet":
         return None
-    files, path = filesystem(file.uri)
-    with files.open_input_file(path) as opened:
+    with open_file(file.uri) as opened:
         head = opened.read(8)
     for start, kind in _COMPRESSIONS.items():
         if head.startswith(start):
@@ -278,8 +276,7 @@ def _remedy(error: BaseException, table: Table, columns: Sequence[str]) -> str:
 
 
 def _read_through(form: str, file: InputFile, columns: Sequence[str]) -> None:
-    files, path = filesystem(file.uri)
-    with files.open_input_file(path) as opened:
+    with open_file(file.uri) as opened:
         if form == "parquet":
             batches: Iterable[Any] = pq.ParquetFile(opened).iter_batches(columns=columns)
         else:
