@@ -25,6 +25,7 @@ _WIDTH = 72  # of the bar, at most
 #: What a driver is at, in words; by its stage.
 _STAGES = {
     "starting": "is being started",
+    "waiting": "is held up",
     "planning": "is being planned",
     "loading": "has its model loaded",
     "making": "is being made",
@@ -172,6 +173,8 @@ def _absent(driver: Driver | None) -> str:
 def _facts(found: Progress) -> Iterator[tuple[str, str]]:
     status, driver, left = found.status, found.driver, found.seconds_left
     in_flight = int(driver.now.get("in_flight", 0)) if found.at_work and driver else 0
+    if driver is not None and found.at_work and driver.now.get("note"):
+        yield "waiting", plain(str(driver.now["note"]))
     if rows := _rows(found):
         yield "rows read", f"{rows:,}"
     if status.state == "planning":

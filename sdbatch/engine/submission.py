@@ -22,7 +22,8 @@ from sdbatch.spec import JobSpec
 SPEC_NAME = "job.yaml"
 _ELSEWHERE = ("s3://", "gs://", "az://", "hf:", "builtin:", "/", "file:///")
 _ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
-_PAUSE = 1.0
+#: Seconds between two looks, and that a cluster may take until it runs jobs.
+_PAUSE, _PATIENCE = 1.0, 60.0
 
 
 def refuse_unreachable(spec: JobSpec, source: str) -> None:
@@ -108,12 +109,22 @@ class JobServer:
                 name = f"{submission.id}-{attempt}"
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / SPEC_NAME).write_bytes(submission.text)
-                self._client.submit_job(
-                    entrypoint=submission.entrypoint, submission_id=name, runtime_env={"working_dir": folder}
-                )
+                self._submit(submission.entrypoint, name, folder)
         except Exception as error:
             raise _kind(error)(f"{self.address} does not take the job: {_told(error)}") from None
         return Sent(name, attached=False)
+
+    def _submit(self, entrypoint: str, name: str, folder: str) -> None:
+        """A cluster that has just started answers before any of its nodes can run a job."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env={"working_dir": folder})
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE)
 
     def wait(self, name: str, on_text: Callable[[str], None]) -> int:
         """Follow the job's log to its end; its exit code. Raises JobFailed when the server goes away."""
@@ -135,8 +146,9 @@ class JobServer:
 
 
 def _kind(error: Exception) -> type[JobFailed | UsageError]:
-    """What an error of the client is: a server out of reach, or an address, version or token that is wrong."""
-    return JobFailed if isinstance(error, OSError) and not isinstance(error, ValueError) else UsageError
+    """What an error of the client is: a server out of reach or in trouble, or a wrong address, version or token."""
+    away = isinstance(error, OSError) and not isinstance(error, ValueError)
+    return JobFailed if away or "status code 5" in str(error) else UsageError
 
 
 def _told(error: object) -> str:
