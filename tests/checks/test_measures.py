@@ -7,9 +7,11 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from sdbatch.checks import first_alike, load_measures
+from sdbatch.checks import duplicates, first_alike, load_measures
 from sdbatch.checks.blank import contrast
 from sdbatch.checks.perceptual_hash import distance, perceptual_hash
 from sdbatch.diffusion.clip import CLIP
@@ -92,12 +94,31 @@ def test_concepts_in_words_are_compared_with_their_thresholds() -> None:
         assert facts.unsafe_score == pytest.approx(cosine + 0.9, abs=5e-4)
 
 
-@pytest.mark.parametrize("most", [0, 1, 4, 11, 31])
-def test_the_first_that_looks_alike_is_found_without_comparing_all(most: int) -> None:
-    rng = np.random.default_rng(most)
-    hashes = rng.integers(0, 2**64, 1500, dtype=np.uint64)
-    for place in range(700, 1500):  # another's, with some bits turned
-        turned = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 14), replace=False))
-        hashes[place] = hashes[rng.integers(0, place)] ^ np.uint64(turned)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(0, 120),
+    most=st.integers(0, 31),
+    pieces=st.none() | st.integers(1, 16),
+)
+def test_the_first_that_looks_alike_is_found_without_comparing_all(
+    seed: int, count: int, most: int, pieces: int | None
+) -> None:
+    """Whether each is compared with each, or those that share one of so many pieces more than bits may differ."""
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
+    for place in range(1, count):  # most are another's, with some bits turned
+        if rng.random() < 0.8:
+            turned = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 2 * most + 2), replace=False))
+            hashes[place] = hashes[rng.integers(0, place)] ^ np.uint64(turned)
     near = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= most
-    assert np.array_equal(first_alike(hashes, most), near.argmax(axis=1))
+    first = near.argmax(axis=1) if count else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "_AT_ONCE", 1 << 8)
+        patch.setattr(duplicates, "_pieces", lambda count, most: 0 if pieces is None else most + pieces)
+        assert np.array_equal(first_alike(hashes, most), first)
+
+
+def test_many_hashes_are_cut_into_pieces_and_few_or_far_ones_are_not() -> None:
+    assert [duplicates._pieces(count, 4) for count in (10, 1000, 10**6)] == [0, 0, 5]
+    assert duplicates._pieces(10**6, 31) == 0
+    assert duplicates._pieces(10**6, 2) > 3  # of three pieces there were two million values to look at
