@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -23,7 +24,7 @@ from sdbatch.ledger.commits import TOTALS_KEY, CommitRecord, Commits, read_total
 from sdbatch.ledger.plan import Job, Shard, read_job, read_shards, read_slice, shard_stem
 from sdbatch.ledger.rounds import newest_round
 from sdbatch.spec import Output
-from sdbatch.storage import Entry, Store
+from sdbatch.storage import Entry, Store, at_once
 from sdbatch.storage.parquet import read_parquet
 
 #: Pictures by their paths, and the sha256 of each object that holds several, by its key.
@@ -192,11 +193,10 @@ def examine_shard(
     if not damaged and (not _counts(record, rows) or any(sums.get(key, sha256) != sha256 for key, sha256 in objects)):
         altered = recorded  # what the record says, or what else lies within the object that holds the pictures
     holding = {row["path"].partition("#")[0] for row in rows if row["path"]}
-    for key, sha256 in objects:
-        if key not in holding:
-            told = _sum(store, key)
-            if told != sha256:
-                (missing if told is None else altered).append(key)
+    others = {key: sha256 for key, sha256 in objects if key not in holding}
+    for (key, sha256), told in zip(others.items(), at_once(partial(_sum, store), others), strict=True):
+        if told != sha256:
+            (missing if told is None else altered).append(key)
     return Findings(
         record.shard,
         record,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pyarrow as pa
@@ -13,10 +12,9 @@ import pyarrow.parquet as pq
 
 from sdbatch.outputs.metadata import CheckColumns, description, description_fields
 from sdbatch.outputs.shards import EncodedPicture, ShardWriter, StoredPicture, StoredShard, stored, write_once
+from sdbatch.storage import at_once
 from sdbatch.storage.parquet import read_parquet
 
-#: Pictures on their way to or from the store at once; threads come with the first that need them, and stay.
-_TRANSFERS = ThreadPoolExecutor(64, "transfer")
 #: Columns whose names tell a reader of image folders to open what they name.
 _OPENED = ("file_name", "file_names")
 
@@ -30,7 +28,7 @@ class ImageFiles(ShardWriter):
         keys = [entry.key for entry in self.store.list(f"{self.root}/{stem}/") if ours.fullmatch(entry.key)]
         return {
             int(key.rpartition("/")[2].partition("-")[0]): data
-            for key, data in zip(keys, _TRANSFERS.map(self.store.get, keys), strict=True)
+            for key, data in zip(keys, at_once(self.store.get, keys), strict=True)
         }
 
     def keep(self, stem: str, batch: Sequence[EncodedPicture], *, last: bool) -> list[EncodedPicture]:
@@ -39,7 +37,7 @@ class ImageFiles(ShardWriter):
             is_stored = self.store.put_if_absent(key, picture.data)
             return picture if is_stored else replace(picture, data=self.store.get(key))
 
-        return list(_TRANSFERS.map(put, batch))
+        return list(at_once(put, batch))
 
     def carry_over(self, stem: str, pictures: Sequence[EncodedPicture]) -> None:
         self.keep(stem, pictures, last=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from sdbatch.errors import ObjectNotFound
 from sdbatch.outputs.containers import parquet_rows, tar_members
 from sdbatch.outputs.shards import DAMAGES, EncodedPicture, StoredShard
-from sdbatch.storage import Store
+from sdbatch.storage import Store, at_once
 
 
 def read_pictures(store: Store, paths: Iterable[str]) -> dict[str, bytes]:
@@ -25,15 +26,12 @@ def read_stored(store: Store, paths: Iterable[str]) -> tuple[dict[str, bytes], d
     for path in paths:
         key, _, inside = path.partition("#")
         wanted.setdefault(key, []).append(inside)
-    found: dict[str, bytes] = {}
     sums: dict[str, str] = {}
-    for key, insides in wanted.items():
-        try:
-            data = store.get(key)
-        except ObjectNotFound:
-            continue
-        if not insides[0]:
-            found[key] = data
+    single = [key for key, insides in wanted.items() if not insides[0]]
+    there = zip(single, at_once(partial(_data, store), single), strict=True)
+    found = {key: data for key, data in there if data is not None}
+    for key, insides in wanted.items():  # one after the other: they are large
+        if not insides[0] or (data := _data(store, key)) is None:
             continue
         sums[key] = hashlib.sha256(data).hexdigest()
         try:
@@ -57,3 +55,11 @@ def as_stored(store: Store, given: Sequence[EncodedPicture], finished: StoredSha
         EncodedPicture(one.position, {}, read[one.path]) if one.path in read else ours[one.position]
         for one in finished.pictures
     ]
+
+
+def _data(store: Store, key: str) -> bytes | None:
+    """The object's bytes, None where there is none."""
+    try:
+        return store.get(key)
+    except ObjectNotFound:
+        return None

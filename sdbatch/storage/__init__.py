@@ -12,12 +12,14 @@ from sdbatch.storage.buckets import BUCKETS, BucketFiles
 from sdbatch.storage.filesystems import HUB, HUB_NAME, filesystem, is_away, open_file, unsigned
 from sdbatch.storage.local import LocalStore
 from sdbatch.storage.store import Entry, Source, Store
+from sdbatch.storage.transfers import at_once
 
 __all__ = [
     "Entry",
     "LocalStore",
     "Source",
     "Store",
+    "at_once",
     "filesystem",
     "is_away",
     "open_file",

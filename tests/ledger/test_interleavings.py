@@ -32,8 +32,7 @@ from sdbatch.ledger import (
     put_totals,
     read_totals,
 )
-from sdbatch.outputs import image_files as outputs
-from sdbatch.storage import Entry, LocalStore, Store
+from sdbatch.storage import Entry, LocalStore, Store, transfers
 from tests.ledger.planned import Planned
 
 
@@ -251,7 +250,7 @@ def _done(store: Store, planned: Planned) -> set[tuple[int, int]]:
 @pytest.fixture(autouse=True)
 def one_thread_a_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a writer's operations come in one order."""
-    monkeypatch.setattr(outputs, "_TRANSFERS", SimpleNamespace(map=map))
+    monkeypatch.setattr(transfers, "_POOL", SimpleNamespace(map=map))
     monkeypatch.setattr(commits, "_READERS", 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_what_a_shard_stores_is_read_back_by_its_paths(form: str, tmp_path: Path
     assert [read[item.path] for item in stored] == [item.data for item in pictures]
     keys = [entry.key for entry in store.list()]
     assert all(key.startswith("data/0000012") and ".." not in key for key in keys)
+
+
+def test_pictures_in_files_of_their_own_are_read_at_once(tmp_path: Path) -> None:
+    together = threading.Barrier(16, timeout=30)
+
+    class FarStore(LocalStore):
+        def get(self, key: str) -> bytes:
+            together.wait()
+            return super().get(key)
+
+    stored = write(FORMATS["images"](LocalStore(tmp_path), "png"), "0000000", [picture(i) for i in range(16)])
+    assert len(read_pictures(FarStore(tmp_path), [one.path for one in stored])) == 16
 
 
 @pytest.mark.parametrize("form", FORMATS)
