@@ -80,9 +80,6 @@ def vae_as_unet(subject: Subject) -> None:
 
 
 def compile_whole(subject: Subject, mode: str | None = None) -> None:
-    import torch._inductor.config as inductor  # seconds to import
-
-    inductor.deterministic = False  # as in a process that has not compiled block by block before
     subject.unet.compile(fullgraph=True, dynamic=False, mode=mode)
     subject.vae._decode = torch.compile(subject.vae._decode, dynamic=False)  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdbatch.diffusion import compilation
+from sdbatch.diffusion import LatentDiffusion, compilation
 from sdbatch.diffusion.compilation import lacking, pack, unpack
 from sdbatch.diffusion.float8 import lacking as lacking_float8
 from sdbatch.engine.making.logbook import Pen
@@ -167,6 +167,24 @@ def test_what_a_machine_lacks_is_told_before_anything_is_made(tmp_path: Path, mo
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
     assert "Triton" in str(lacking("cuda"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
+def test_whoever_compiles_blocks_has_kernels_chosen_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs and the bench alike; and what else is compiled beside them, as diffusers, may choose as it likes."""
+    asked = list[Any]()
+
+    def as_it_is(graph: Any, inputs: Any, config_patches: Any = None, **others: Any) -> Any:
+        asked.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", as_it_is)
+    model = LatentDiffusion.from_pretrained("builtin:shapes")
+    compilation.compile_blocks(model)
+    model.decode(torch.zeros(1, 4, 8, 8))
+    assert len(asked) > 2
+    assert all(options == {"deterministic": True} for options in asked)
+    assert not torch._inductor.config.deterministic
 
 
 def _no_such_kernel() -> torch.Tensor:
