@@ -85,14 +85,13 @@ class LocalStore(Store):
                 return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Read folder by folder as it is asked for, so that what is held are the names of a few folders."""
         folder = prefix.rpartition("/")[0]
         try:
             top = self._path(folder) if folder else self.root
-            found = sorted(self._below(top, f"{folder}/" if folder else "", prefix))
+            yield from self._below(top, f"{folder}/" if folder else "", prefix)
         except OSError as error:
             raise StorageError(f"{self.uri}/{prefix} can't be listed: {cause(error)}") from None
-        for key, size in found:
-            yield Entry(key, size)
 
     def delete(self, key: str) -> None:
         with self._writing(key) as path, contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -184,10 +183,14 @@ class LocalStore(Store):
         with self._reading(key) as path, path.open("rb") as file:
             return same_bytes(iter(lambda: file.read(_PIECE), b""), data)
 
-    def _below(self, folder: Path, base: str, prefix: str) -> Iterator[tuple[str, int]]:
-        """Keys and sizes of the files that start with ``prefix``; a linked folder is listed where it lies."""
+    def _below(self, folder: Path, base: str, prefix: str) -> Iterator[Entry]:
+        """The files whose keys start with ``prefix``, in the order of their keys."""
         try:
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as found:
+                # In the order of their keys a folder comes where its name and a slash do.
+                entries = sorted(
+                    found, key=lambda entry: f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                )
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
@@ -200,7 +203,7 @@ class LocalStore(Store):
                 if entry.is_dir(follow_symlinks=False):
                     yield from self._below(folder / entry.name, f"{key}/", prefix)
                 elif entry.is_file():
-                    yield key, entry.stat().st_size
+                    yield Entry(key, entry.stat().st_size)
             except FileNotFoundError:  # removed since the folder was read
                 continue
 

@@ -54,6 +54,25 @@ def test_listing_is_ordered_and_by_prefix(store: Store) -> None:
     assert not store.exists("b")
 
 
+def test_a_folder_is_listed_in_the_order_of_keys(store: Store) -> None:
+    keys = ["a-b", "a.b", "a/b", "a/b-/x", "a/b.png", "a/c/0", "a0", "b/é", "b/z"]
+    for key in reversed(keys):
+        store.put(key, b"")
+    assert [entry.key for entry in store.list()] == sorted(keys)
+    assert [entry.key for entry in store.list("a/b")] == ["a/b", "a/b-/x", "a/b.png"]
+
+
+def test_a_folder_is_read_only_as_far_as_it_is_asked_for(tmp_path: Path) -> None:
+    """A job of any size is listed in the memory that its largest folder takes."""
+    store = LocalStore(tmp_path)
+    for key in ("0/a", "1/a"):
+        store.put(key, b"")
+    listed = store.list()
+    assert next(listed).key == "0/a"
+    store.put("1/b", b"")
+    assert [entry.key for entry in listed] == ["1/a", "1/b"]
+
+
 def test_a_listing_longer_than_a_page_is_whole(bucket: str) -> None:
     store = open_store(f"s3://{bucket}")
     with ThreadPoolExecutor(8) as pool:
