@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sdbatch.errors import InputError, told_of
@@ -102,15 +102,20 @@ def _matching(source: Input) -> tuple[Source, list[Entry]]:
         fixed = uri[: wild.start()].rpartition("/")[0]
         root = open_source(fixed or ("/" if uri.startswith("/") else "."))
         pattern = _glob(uri[len(fixed) :].lstrip("/"))
-        return root, [entry for entry in root.list() if pattern.fullmatch(entry.key)]
+        return root, [entry for entry in _files(root) if pattern.fullmatch(entry.key)]
     parent, _, name = uri.rstrip("/").rpartition("/")
     if name and len(parent) >= root_length(uri):
         single = open_source(parent or ("/" if uri.startswith("/") else "."))
         if (found := single.find(name)) is not None:
             return single, [found]
     folder = open_source(uri)
-    entries = [entry for entry in folder.list() if not re.search(r"(^|/)[._]", entry.key)]
+    entries = [entry for entry in _files(folder) if not re.search(r"(^|/)[._]", entry.key)]
     return folder, [entry for entry in entries if source.format or _ending(entry.key) in ENDINGS]
+
+
+def _files(source: Source) -> Iterator[Entry]:
+    """What is below it, without the empty objects that S3's console makes of folders."""
+    return (entry for entry in source.list() if entry.key and not entry.key.endswith("/"))
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from sdbatch.engine.planning import reading
 from sdbatch.engine.planning.reading import Row, read_slices
 from sdbatch.errors import InputError
 from sdbatch.prompts import find_table
-from sdbatch.spec import JobSpec, parse_spec
+from sdbatch.spec import Input, JobSpec, parse_spec
 
 ROWS = 40_000  # more than two slices
 
@@ -139,6 +139,11 @@ def test_tables_on_s3(bucket: str) -> None:
     assert prompts(read(f"s3://{bucket}/in")) == ["a", "b"]
     assert prompts(read(f"s3://{bucket}/in/*.csv")) == ["a", "b"]
     assert prompts(read(f"s3://{bucket}/in/b.csv")) == ["b"]
+    for folder in ("in/", "in/more/"):  # as S3's console makes them
+        client.put_object(Bucket=bucket, Key=folder)
+    for uri in ("in/*", "in/**", "in", "**/*"):
+        found = find_table(Input(uri=f"s3://{bucket}/{uri}")).files
+        assert [file.uri for file in found] == [f"s3://{bucket}/in/a.csv", f"s3://{bucket}/in/b.csv"]
     with pytest.raises(InputError, match="names no table"):
         read(f"s3://{bucket}/none")
 
