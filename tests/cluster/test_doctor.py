@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sdbatch import cli
 from sdbatch.engine import doctor
+from sdbatch.engine.models.loading import footprint
+from sdbatch.engine.planning.batching import decided
+from sdbatch.errors import UsageError
+from sdbatch.prompts import ModelFacts
 from sdbatch.spec import load_spec
 from sdbatch.storage import LocalStore, open_store
 from sdbatch.storage.s3 import S3Store
@@ -64,6 +70,19 @@ def test_what_is_wrong_is_named_with_a_remedy(
     assert found["state"] == "bad"
     assert told in f"{found['told']} {found['remedy']}"
     assert found["remedy"]
+
+
+def test_memory_is_judged_as_the_planner_does(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    spec = load_spec(job, ["resources.gpus_per_actor=1", "model.dtype=float16"])
+    takes = footprint(spec, 64, 64)(4)
+    for memory, state in ((1.17 * takes, "bad"), (1.19 * takes, "fine")):  # 85 % of it is to be had
+        whole = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda number, whole=whole: whole)
+        (found,) = doctor._memory(spec)
+        assert found.state == state
+        with pytest.raises(UsageError, match="do not fit") if state == "bad" else nullcontext():
+            decided(spec, ModelFacts((64, 64)), None)
 
 
 def test_it_tells_people_line_by_line(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
