@@ -5,6 +5,7 @@ The clients of S3 and of the Hub are imported where they are used: every process
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 from sdbatch.errors import StorageError
@@ -76,11 +77,12 @@ def root_length(uri: str) -> int:
 
 
 def read_object(uri: str) -> bytes:
-    """One file or object, by its path or its address."""
-    root, _, key = uri.rpartition("/")
-    return _reader(root or ".").get(key)
+    """One object, by its address."""
+    length = root_length(uri)
+    with _opening:
+        source = _source(uri[:length])
+    return source.get(uri[length + 1 :])
 
 
-@lru_cache(maxsize=64)
-def _reader(root: str) -> Source:
-    return open_source(root) if root.startswith(_READ_ONLY) else open_store(root)
+_opening = threading.Lock()  # so that those who read at once share one client
+_source = lru_cache(maxsize=64)(open_source)

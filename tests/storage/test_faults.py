@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,20 @@ from typing import Any
 import boto3
 import pytest
 
+from sdbatch.engine.making import pictures
+from sdbatch.engine.making.batch import BatchMaker, Made, arrived
 from sdbatch.engine.making.pictures import BadPicture, read_picture
 from sdbatch.engine.models.loading import bring
+from sdbatch.engine.models.null import NullModel
 from sdbatch.engine.planning import planner
 from sdbatch.errors import Interrupted, ObjectNotFound, StorageError, StoreAway, UsageError
-from sdbatch.prompts import find_table, read_wildcards
+from sdbatch.prompts import ModelFacts, RowIds, find_table, read_wildcards, requests_of_slice
 from sdbatch.spec import Prompt, parse_spec
-from sdbatch.storage import patience
+from sdbatch.storage import patience, read_object
 from sdbatch.storage import s3 as s3_module
 from sdbatch.storage.s3 import S3Store
 from tests.fault_proxy import RESETS, FaultProxy
+from tests.outputs.test_outputs import picture
 
 Reach = Callable[[FaultProxy], S3Store]
 
@@ -135,6 +140,29 @@ def test_a_row_is_at_fault_for_its_picture_unless_the_store_is_away(
         proxy.set({refusal: 1.0})
         with pytest.raises(StoreAway):
             read_picture("a.png", f"s3://{bucket}", (8, 8))
+
+
+def test_a_batch_reads_its_pictures_at_once_each_of_them_once(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = picture(0)
+    for i in range(8):
+        S3Store(f"s3://{bucket}").put(f"{i}/start.png", start.data)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    together = threading.Barrier(8, timeout=30)
+
+    def read(uri: str) -> bytes:
+        together.wait()
+        return read_object(uri)
+
+    monkeypatch.setattr(pictures, "read_object", read)
+    sections = {"output": {"uri": "out"}, "resources": {"batch_size": 16}}
+    spec = parse_spec({"name": "t", "input": {"uri": "x.csv"}, **sections})
+    rows: list[dict[str, str | None]] = [{"prompt": "a", "init_image": f"{i % 8}/start.png"} for i in range(16)]
+    requests = requests_of_slice(rows, 0, spec, ModelFacts((64, 64)), RowIds(False))
+    made = BatchMaker(NullModel(), spec, f"s3://{bucket}").make(0, dict(enumerate(requests)))
+    assert all(isinstance(result, Made) for result in arrived(made).values())
+    assert proxy.counts()["requests"] == 8
 
 
 def test_a_store_that_is_away_is_no_mistake_in_the_spec(

@@ -192,7 +192,7 @@ def test_a_row_is_at_fault_for_a_picture_that_it_may_not_have(hub: tuple[Hub, Pl
         ("hf://datasets/studio/gated/a.png", "terms must be accepted"),
         ("hf://datasets/studio/none/a.png", "there is no such data set, or it is private"),
         ("hf://datasets/studio/prompts@v9/a.png", "has no such revision"),
-        ("hf://datasets/studio/a.png", "should be hf://datasets/OWNER/NAME"),
+        ("hf://studio/a.png", "should be hf://datasets/OWNER/NAME"),
         ("hf://datasets/studio/two--dashes/a.png", "Cannot have -- or"),
     ):
         with pytest.raises(BadPicture, match=told):

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sdbatch.engine.making.pictures import BadPicture, read_mask, read_picture
+from sdbatch.engine.making.pictures import BadPicture, Fetched, fetch, read_mask, read_picture
 from sdbatch.engine.models.image_model import Drawn, ImageModel
 from sdbatch.engine.models.loading import footprint
 from sdbatch.engine.planning.batching import device_bytes, too_large
@@ -89,7 +89,9 @@ class BatchMaker:
 
         If the batch fails as a whole, each request is tried by itself.
         """
-        given = {position: self._given(request) for position, request in batch.items()}
+        named = (where for request in batch.values() for where in (request.init_image, request.mask_image) if where)
+        fetched = fetch(named, self._pictures_at)
+        given = {position: self._given(request, fetched) for position, request in batch.items()}
         slots: list[Slot | None] = [None] * self._spec.resources.at_once
         for position, pictures in given.items():
             if not isinstance(pictures, Refused):
@@ -113,16 +115,21 @@ class BatchMaker:
         coming = [Coming(partial(_result, drawn, slots, place, truncated[place])) for place in range(len(slots))]
         return [one.result() for one in coming] if drawn.there else list[Result | Coming](coming)
 
-    def _given(self, request: ImageRequest) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
+    def _given(self, request: ImageRequest, fetched: Fetched) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
         """The picture that a request starts from and its mask, as far as it has any."""
-        size = request.width, request.height
+        start, mask, base, size = (
+            request.init_image,
+            request.mask_image,
+            self._pictures_at,
+            (request.width, request.height),
+        )
         try:
-            picture = read_picture(request.init_image, self._pictures_at, size) if request.init_image else None
-            cell = self._model.mask_cell
-            mask = read_mask(request.mask_image, self._pictures_at, size, cell) if request.mask_image else None
+            return (
+                read_picture(start, base, size, fetched) if start else None,
+                read_mask(mask, base, size, self._model.mask_cell, fetched) if mask else None,
+            )
         except BadPicture as error:
             return Refused(str(error))
-        return picture, mask
 
     def _compute_kindly(self, slots: Sequence[Slot | None]) -> Sequence[Result | Coming]:
         try:
