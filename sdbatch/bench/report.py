@@ -24,7 +24,7 @@ from sdbatch.bench.techniques import TECHNIQUES, as_in_jobs, float8
 from sdbatch.bench.waterfall import Row, by_batch, phases, prepared, waterfall
 from sdbatch.diffusion import SAMPLERS
 from sdbatch.diffusion.float8 import lacking
-from sdbatch.diffusion.processor import processor
+from sdbatch.diffusion.processor import compute_alike, processor
 from sdbatch.diffusion.weights import DTYPES
 from sdbatch.errors import JobFailed, OutputError, UsageError
 
@@ -69,8 +69,7 @@ def bench(wanted: Wanted, tell: Tell) -> dict[str, Any]:
 
 
 def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
-    torch.set_num_threads(wanted.threads)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    compute_alike(wanted.threads)
     checkpoint = checkpoint_of(wanted.model)
     own = checkpoint.default_size
     dtype = wanted.dtype or ("bfloat16" if wanted.device == "cuda" else "float32")

@@ -1,7 +1,8 @@
-"""The processor at hand: its name, and which number format it computes fast in."""
+"""The processor at hand: its name, how it computes the same every time, and which number format it is fast in."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def processor() -> str:
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), named)
     units = [torch.backends.cpu.get_cpu_capability(), *(["bfloat16"] if computes_bfloat16() else [])]
     return f"{named} ({', '.join(units)})"
+
+
+def compute_alike(threads: int) -> None:
+    """Have this thread compute the same every time. First of all: libraries look at what is set here but once."""
+    # Without it what cuBLAS computes may depend on what other streams do.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
 
 def computes_bfloat16() -> bool:

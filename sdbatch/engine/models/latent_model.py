@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from sdbatch.diffusion.float8 import lacking as float8_lacking
 from sdbatch.diffusion.float8 import transformers_to_float8
 from sdbatch.diffusion.locate import local_path
 from sdbatch.diffusion.memory import peak_bytes
-from sdbatch.diffusion.processor import processor
+from sdbatch.diffusion.processor import compute_alike, processor
 from sdbatch.diffusion.samplers import most_steps
 from sdbatch.diffusion.textual_inversion import read_embedding
 from sdbatch.engine.models.compiled import CompiledCode, code_key
@@ -71,13 +70,8 @@ class LatentModel:
 
         Raises ModelError.
         """
-        # Before anything is multiplied: without it what cuBLAS computes may depend on what other streams do.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        compute_alike(resources.cpus_per_actor)
         check_computing(model, resources.device)
-        # Thread counts belong to the thread that sets them, and they can change a picture's last bits.
-        torch.set_num_threads(resources.cpus_per_actor)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
         added = _adaptations(model)
         checkpoint = open_checkpoint(model.uri, model.tokenizer, model.prediction_type, added, model.timestep_spacing)
         with ThreadPoolExecutor(1) as beside:  # gigabytes of weights are read once, for both
