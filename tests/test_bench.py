@@ -6,22 +6,28 @@ import json
 import math
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sdbatch import cli
-from sdbatch.bench.clock import Setting
+from sdbatch.bench.back_to_back import NAME, draws_back_to_back, measure_back_to_back
+from sdbatch.bench.clock import Requests, Setting, Timing, draws
 from sdbatch.bench.floor import count_flops
 from sdbatch.bench.quality import Quality, _prompt, find_scorer, gate
 from sdbatch.bench.sizes import checkpoint_of, load_subject
 from sdbatch.bench.subject import Subject
-from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs
-from sdbatch.bench.waterfall import prepared, waterfall
+from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs, float8
+from sdbatch.bench.waterfall import by_batch, prepared, waterfall
+from sdbatch.diffusion.decoding import Decoder, Drawn
 from sdbatch.diffusion.float8 import Float8Linear
 from sdbatch.errors import JobFailed
+from sdbatch.spec import Model
 
 SETTING = Setting(64, 64, 2, 5.0, "euler", "cpu", "float32", 1)
 
@@ -57,16 +63,137 @@ def test_random_weights_are_the_same_every_time_and_pictures_are_finite() -> Non
     [technique for technique in TECHNIQUES if technique.of != "compiler" and "float8" not in technique.name],
     ids=lambda technique: technique.name,
 )
-def test_a_technique_changes_speed_and_not_pictures(technique: object) -> None:
+def test_a_technique_changes_speed_and_not_pictures(technique: Technique) -> None:
     checkpoint = checkpoint_of("builtin:shapes")
-    plain = prepared(checkpoint, SETTING, ())
-    if technique.lacking(plain):  # type: ignore[attr-defined]
+    if technique.lacking(checkpoint, SETTING):
         pytest.skip("not on this machine")
-    faster = prepared(checkpoint, SETTING, (technique,))  # type: ignore[arg-type]
+    plain, faster = prepared(checkpoint, SETTING, ()), prepared(checkpoint, SETTING, (technique,))
     latents = [
         subject.generate(["a ring"], seeds=[1], num_inference_steps=2, output="latent") for subject in (plain, faster)
     ]
     assert torch.allclose(*latents, atol=1e-4)
+
+
+def test_a_row_that_fails_is_told_and_the_next_has_its_memory() -> None:
+    tried: list[weakref.ref[Subject]] = []
+
+    def fails_at_once(subject: Subject) -> None:
+        tried.append(weakref.ref(subject))
+        raise KeyError("no such kernel")
+
+    def fails_later(subject: Subject) -> None:
+        tried.append(weakref.ref(subject))
+
+        def encode(*prompts: object, **how: object) -> None:
+            raise NotImplementedError("not for this device\nand more that nobody reads")
+
+        subject.encode = encode  # type: ignore[method-assign, assignment]
+
+    def looks(subject: Subject) -> None:
+        assert [one() for one in tried] == [None, None]
+
+    techniques = [Technique("one", fails_at_once), Technique("two", fails_later), Technique("three", looks)]
+    rows = [row for row, _ in waterfall(checkpoint_of("builtin:shapes"), SETTING, 1, 1, techniques)]
+    assert [row.name for row in rows] == ["eager", "one", "two", "three"]
+    assert [row.lacking for row in rows[1:3]] == [
+        "KeyError: 'no such kernel'",
+        "NotImplementedError: not for this device",
+    ]
+    assert rows[3].timing is not None, rows[3].lacking
+    (small,) = by_batch(checkpoint_of("builtin:shapes"), SETTING, techniques[:1], [1], 1)
+    assert small.lacking == "KeyError: 'no such kernel'"
+
+
+def test_only_what_jobs_can_do_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([4.0, 3.0, 5.0, 2.0, 4.5])
+    monkeypatch.setattr("sdbatch.bench.waterfall.measure", lambda *how: Timing(1, 0.0, [next(seconds)]))
+    techniques = [
+        Technique("no job can", lambda subject: None),
+        Technique("jobs always do", lambda subject: None, always=("cpu",)),
+        Technique("a field", lambda subject: None, field="model.faster"),
+        Technique("another field", lambda subject: None, field="model.slower"),
+    ]
+    found = list(waterfall(checkpoint_of("builtin:shapes"), SETTING, 1, 1, techniques))
+    assert [(row.kept, row.in_jobs) for row, _ in found] == [
+        (True, True),
+        (False, False),  # the fastest so far, and yet
+        (True, True),  # slower, and yet
+        (True, True),
+        (False, True),
+    ]
+    assert found[-1][1] == (techniques[1], techniques[2])
+
+
+def test_what_jobs_do_is_what_a_loaded_model_does() -> None:
+    names = [[technique.name for technique in as_in_jobs(device)] for device in ("cpu", "cuda")]
+    assert names[1] == [*names[0], "channels last: U-Net"]
+    asked = as_in_jobs("cpu", "model.compile", "model.fp8")
+    assert [technique.name for technique in asked[3:]] == ["compiled block by block", "float8 linear layers"]
+    fields = {technique.field for technique in TECHNIQUES if technique.field is not None}
+    assert (
+        fields
+        == {f"model.{name}" for name in ("compile", "fp8", "vae_slicing")}
+        <= {f"model.{name}" for name in Model.model_fields}
+    )
+
+
+def test_batches_back_to_back_have_the_bytes_of_single_ones() -> None:
+    subject = prepared(checkpoint_of("builtin:shapes"), SETTING, as_in_jobs("cpu"))
+    batches = [Requests().batch(2), Requests().batch(1)]
+    together = draws_back_to_back(subject, SETTING)(batches)
+    assert [len(pictures) for pictures in together] == [2, 1]
+    alone = [draws(subject, SETTING)(*batch) for batch in batches]
+    assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))
+    timing, same = measure_back_to_back(subject, SETTING, 1, 2)
+    assert same
+    assert len(timing.seconds) == 2
+
+
+def test_other_bytes_back_to_back_are_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode = Decoder.__call__
+
+    def spoilt(self: Decoder, latents: torch.Tensor) -> Drawn:
+        return decode(self, latents + 1)
+
+    monkeypatch.setattr(Decoder, "__call__", spoilt)
+    assert cli.call(["bench", "--steps", "1", "--batch", "1", "--runs", "1", "--no-techniques", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = (row for row in found["rows"] if row["name"] == NAME)
+    assert row["same_bytes"] is False
+    assert "other bytes" in row["lacking"]
+    assert "job" not in found
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each model that was to be compiled block by block, which takes minutes: was it one with float8 layers?"""
+    models = list[bool]()
+
+    def note(subject: Subject) -> None:
+        models.append(any(isinstance(module, Float8Linear) for module in subject.unet.modules()))
+
+    noted = tuple(replace(one, apply=note) if one.field == "model.compile" else one for one in TECHNIQUES)
+    monkeypatch.setattr("sdbatch.bench.techniques.TECHNIQUES", noted)
+    monkeypatch.setattr("sdbatch.bench.report.compiler_lacking", lambda device: None)
+    return models
+
+
+def test_the_gate_compiles_as_a_job_would(compiled: list[bool]) -> None:
+    gate(checkpoint_of("builtin:shapes"), SETTING, float8, 1, 1, None, "model.compile")
+    assert compiled == [False, True], "the plain one, and the one whose layers were changed before, as a job does"
+
+
+def test_without_techniques_ours_is_compiled_too_where_it_may_be(
+    compiled: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["bench", "--steps", "1", "--batch", "1", "--runs", "1", "--no-techniques", "--compile", "--json"]
+    assert cli.call(options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fields"] == ["model.compile"]
+    assert found["kept"][-1] == "compiled block by block"
+    assert len(compiled) == 3, "for the rows of a batch, of batches back to back, and for a batch's parts"
 
 
 def test_a_linear_layer_in_eight_bits_is_near_the_one_it_was() -> None:
@@ -92,37 +219,16 @@ def test_the_gate_lets_alike_pictures_pass_and_refuses_others() -> None:
     assert len({_prompt(number) for number in range(200)}) == 200
 
 
-def test_what_fails_is_a_row_and_no_end() -> None:
-    def no_such_kernel(subject: Subject) -> None:
-        raise AssertionError("no kernel for that\nand more of it")
-
-    techniques = (Technique("broken", no_such_kernel), TECHNIQUES[0])
-    rows = [row for row, _ in waterfall(checkpoint_of("builtin:shapes"), SETTING, 1, 1, techniques)]
-    assert [(row.name, row.lacking) for row in rows] == [
-        ("eager", None),
-        ("broken", "AssertionError: no kernel for that"),
-        ("text once a distinct prompt", None),
-    ]
-
-
-def test_ours_compiles_where_a_job_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdbatch.bench.techniques.compiler_lacking", lambda device: None)
-    assert [technique.of for technique in as_in_jobs("cuda", compiled=True)] == [None] * 4 + ["compiler"]
-    assert as_in_jobs("cuda") == TECHNIQUES[:4]
-    monkeypatch.setattr("sdbatch.bench.techniques.compiler_lacking", lambda device: "lacks it")
-    assert as_in_jobs("cpu", compiled=True) == TECHNIQUES[:3]
-
-
 def test_the_gate_measures_what_a_change_does() -> None:
     checkpoint, scorer = checkpoint_of("builtin:shapes"), find_scorer("", "builtin:shapes", "cpu")
     assert find_scorer("", "sdxl", "cpu") is None
-    same = gate(checkpoint, SETTING, (), lambda subject: None, 2, 2, scorer)
+    same = gate(checkpoint, SETTING, lambda subject: None, 2, 2, scorer)
     assert (same.pictures, same.psnr, same.drift) == (2, 99.0, 0.0)
 
     def spoil(subject: Subject) -> None:
         subject.unet.conv_out.weight.zero_()
 
-    spoilt = gate(checkpoint, SETTING, (), spoil, 2, 2, scorer)
+    spoilt = gate(checkpoint, SETTING, spoil, 2, 2, scorer)
     assert spoilt.reasons
 
 
@@ -150,6 +256,8 @@ def test_the_command_measures_ours_and_diffusers_and_writes_both(
     assert found == json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     row, duel = found["rows"][0], found["duels"][0]
+    assert found["job"] == found["rows"][1]
+    assert (found["job"]["name"], found["job"]["same_bytes"], found["job"]["kept"]) == (NAME, True, True)
     assert row["images_a_second"] > 0
     assert row["share_of_floor"] == pytest.approx(row["images_a_second"] / found["floor_images_a_second"], rel=0.01)
     assert len(duel["ratios"]) == 5

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,17 @@ class Setting:
         looks = self.steps * 2 - 1 if self.sampler == "heun" else self.steps
         return looks * (2 if self.guidance > 1 else 1)
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """As ``LatentDiffusion.generate`` is told."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "sampler": self.sampler,
+        }
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -56,6 +68,8 @@ class Timing:
         return {**asdict(self), **rate}
 
 
+#: Prompts and seeds.
+Batch = tuple[Sequence[str], Sequence[int]]
 #: Makes a batch of pictures (B, H, W, 3) uint8 of these prompts and seeds.
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 
@@ -64,15 +78,7 @@ def draws(subject: Subject, setting: Setting) -> Draw:
     """How our model makes them."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        pictures: np.ndarray = subject.generate(
-            prompts,
-            seeds=seeds,
-            width=setting.width,
-            height=setting.height,
-            num_inference_steps=setting.steps,
-            guidance_scale=setting.guidance,
-            sampler=setting.sampler,
-        )
+        pictures: np.ndarray = subject.generate(prompts, seeds=seeds, **setting.generation)
         return pictures
 
     return draw
@@ -91,7 +97,7 @@ class Requests:
 
 def measure(draw: Draw, setting: Setting, batch: int, runs: int, requests: Requests) -> Timing:
     """Make a batch to warm up, then ``runs`` more."""
-    with _Peak(setting.device) as peak:
+    with Peak(setting.device) as peak:
         cold = once(draw, setting, batch, requests)
         seconds = [once(draw, setting, batch, requests) for _ in range(runs)]
     return Timing(batch, cold, seconds, peak.bytes)
@@ -107,14 +113,14 @@ def once(draw: Draw, setting: Setting, batch: int, requests: Requests) -> float:
     return time.perf_counter() - began
 
 
-class _Peak:
+class Peak:
     """The most memory in here: what torch hands out on a GPU, what the process holds elsewhere (Linux only)."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self.bytes: int | None = None
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> Peak:
         gc.collect()
         if self._device == "cuda":
             torch.cuda.empty_cache()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-
-from sdbatch.bench.clock import Requests, Setting, draws, measure, once, psnr
+from sdbatch.bench.back_to_back import IN_A_ROW, DrawAll, draws_back_to_back, timed
+from sdbatch.bench.clock import Requests, Setting, Timing, measure, psnr
 from sdbatch.bench.rival import RECIPES, rival_draws, saved
 from sdbatch.bench.techniques import Technique
-from sdbatch.bench.waterfall import prepared
+from sdbatch.bench.waterfall import attempt, prepared
 from sdbatch.diffusion.checkpoint import Checkpoint
 
 
@@ -47,36 +47,36 @@ class Duel:
 def duel(
     checkpoint: Checkpoint,
     setting: Setting,
-    ours_has: Sequence[Technique],
-    batches: Sequence[int],
+    kept: Sequence[Technique],
+    batch: int,
     turns: int,
     *,
     compiled: bool,
-) -> Iterator[Duel]:
-    """For each batch size the fastest of their recipes is found, then both make batches in turns.
+) -> Duel:
+    """The fastest of their recipes is found, then both make batches in turns: on a GPU several a turn, ours beside each
+    other as jobs have it, else one.
 
-    Who begins changes from turn to turn. ``compiled``: may they compile; ours does if ``ours_has`` says so.
+    Who begins changes from turn to turn. ``compiled``: may they compile; ours does if ``kept`` says so.
     """
-    for batch in batches:
-        subject = prepared(checkpoint, setting, ours_has)
-        # Their pipeline gets weights as they were loaded: techniques of ours that change layers are ours.
-        with saved(prepared(checkpoint, setting, ()), setting.dtype) as folder:
-            names = [name for name in RECIPES if compiled or "compiled" not in name]
-            rivals = {name: rival_draws(folder, setting, name) for name in names}
-        tries = {name: measure(rival, setting, batch, 2, Requests()) for name, rival in rivals.items()}
-        recipe = min(tries, key=lambda name: min(tries[name].seconds))
-        theirs, ours = rivals[recipe], draws(subject, setting)
-        rivals.clear()
-        requests = Requests()
-        once(ours, setting, batch, requests)
-        prompts, seeds = Requests().batch(batch)
-        distance = psnr(ours(prompts, seeds), theirs(prompts, seeds))
-        rates: tuple[list[float], list[float]] = [], []
-        for turn in range(turns):
-            for side in (0, 1) if turn % 2 == 0 else (1, 0):
-                seconds = once((ours, theirs)[side], setting, batch, requests)
-                rates[side].append(batch / seconds)
-        yield Duel(batch, recipe, *rates, distance)
-        del theirs, ours, subject
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
+    subject = prepared(checkpoint, setting, kept)
+    # Their pipeline gets weights as they were loaded: techniques of ours that change layers are ours.
+    with saved(prepared(checkpoint, setting, ()), setting.dtype) as folder:
+        names = [name for name in RECIPES if compiled or "compiled" not in name]
+        rivals = {name: rival_draws(folder, setting, name) for name in names}
+    tries = {name: attempt(partial(measure, rival, setting, batch, 2, Requests())) for name, rival in rivals.items()}
+    times = {name: min(timing.seconds) for name, timing in tries.items() if isinstance(timing, Timing)}
+    if not times:
+        raise RuntimeError(f"diffusers makes none: {next(iter(tries.values()))}")
+    recipe = min(times, key=times.__getitem__)
+    theirs, ours = rivals[recipe], draws_back_to_back(subject, setting)
+    rivals.clear()
+    requests, at_once = Requests(), IN_A_ROW if setting.device == "cuda" else 1
+    prompts, seeds = requests.batch(batch)
+    distance = psnr(ours([(prompts, seeds)])[0], theirs(prompts, seeds))
+    sides: tuple[DrawAll, DrawAll] = ours, lambda batches: [theirs(*one) for one in batches]
+    rates: tuple[list[float], list[float]] = [], []
+    for turn in range(turns):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            seconds, _ = timed(sides[side], setting, [requests.batch(batch) for _ in range(at_once)])
+            rates[side].append(at_once * batch / seconds)
+    return Duel(batch, recipe, *rates, distance)

@@ -7,7 +7,7 @@ before (CLIP's score, in the mean).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from sdbatch.bench.clock import Setting, draws, psnr
 from sdbatch.bench.subject import Subject
-from sdbatch.bench.techniques import Technique
+from sdbatch.bench.techniques import Technique, as_in_jobs
 from sdbatch.bench.waterfall import LEAST_PSNR, prepared
 from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.clip import CLIP
@@ -73,16 +73,17 @@ class Quality:
 def gate(
     checkpoint: Checkpoint,
     setting: Setting,
-    ours: Sequence[Technique],
     apply: Callable[[Subject], None],
     pictures: int,
     batch: int,
     scorer: CLIP | None,
+    *fields: str,
 ) -> Quality:
-    """Draw so many pictures by the model as jobs have it (``ours``), and by one that ``apply`` changed as well."""
+    """Draw so many pictures by the model as jobs have it, with these fields of their spec set, and by one that was
+    changed by ``apply`` as well."""
     torch.set_num_threads(setting.threads)
-    plain, changed = (prepared(checkpoint, setting, ours) for _ in range(2))
-    apply(changed)
+    ours = as_in_jobs(setting.device, *fields)
+    plain, changed = (prepared(checkpoint, setting, how) for how in (ours, (Technique("", apply), *ours)))
     apart: list[float] = []
     scores: tuple[list[float], list[float]] = [], []
     for first in range(0, pictures, batch):

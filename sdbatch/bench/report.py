@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from typing import Any
 import torch
 
 from sdbatch import __version__
+from sdbatch.bench.back_to_back import NAME, measure_back_to_back
 from sdbatch.bench.clock import Setting
 from sdbatch.bench.duel import duel
 from sdbatch.bench.floor import count_flops, peak_flops, settle
+from sdbatch.bench.plot import draw_plot
 from sdbatch.bench.quality import find_scorer, gate
 from sdbatch.bench.rival import check_rival
 from sdbatch.bench.sizes import checkpoint_of
-from sdbatch.bench.techniques import TECHNIQUES, as_in_jobs, float8
-from sdbatch.bench.waterfall import Row, by_batch, phases, prepared, waterfall
+from sdbatch.bench.techniques import TECHNIQUES, Technique, as_in_jobs, float8
+from sdbatch.bench.waterfall import Row, attempt, by_batch, phases, prepared, waterfall
 from sdbatch.diffusion import SAMPLERS
+from sdbatch.diffusion.checkpoint import Checkpoint
+from sdbatch.diffusion.compilation import lacking as compiler_lacking
 from sdbatch.diffusion.float8 import lacking
 from sdbatch.diffusion.processor import compute_alike, processor
 from sdbatch.diffusion.weights import DTYPES
@@ -101,14 +105,16 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         f"{flops.unet / 1e12:.3f} TFLOP a look, {flops.decoder / 1e12:.3f} to decode; "
         f"{peak / 1e12:.2f} TFLOP/s, so at most {most:.2f} images/s"
     )
-    ours = kept = as_in_jobs(wanted.device, compiled=wanted.compiles)
     _keep(found, wanted.out)  # if that can't be done, better told now
 
-    def add(row: Row) -> None:
+    def add(row: Row) -> Row:
         found["rows"].append(_told(row, most))
         tell(_line(found["rows"][-1]))
         _keep(found, wanted.out)
+        return row
 
+    fields = ["model.compile"] if wanted.compiles and compiler_lacking(wanted.device) is None else []
+    kept = as_in_jobs(wanted.device, *fields)
     if wanted.techniques:
         tried = [technique for technique in TECHNIQUES if wanted.compiles or technique.of != "compiler"]
         for row, best in waterfall(checkpoint, setting, wanted.batch, wanted.runs, tried):
@@ -118,31 +124,31 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         for row in by_batch(checkpoint, setting, kept, [wanted.batch], wanted.runs):
             add(row)
     found["kept"] = [technique.name for technique in kept]
-    began = time.perf_counter()
-    subject = prepared(checkpoint, setting, kept)
-    settle(wanted.device)
-    if checkpoint.layout != "random":
-        found["loading_seconds"] = round(time.perf_counter() - began, 3)
-        tell(f"loaded in {found['loading_seconds']:.2f} s: what a process takes before its first, cold batch")
-    found["phases"] = phases(subject, setting, wanted.batch)
-    del subject
-    tell("a batch's text, step and decoding: " + ", ".join(f"{s * 1e3:.1f} ms" for s in found["phases"].values()))
+    found["fields"] = [technique.field for technique in kept if technique.field is not None]
+    _look_inside(found, tell, checkpoint, setting, kept, wanted.batch)
+    job = add(_back_to_back(checkpoint, setting, kept, wanted.batch, wanted.runs))
     for row in by_batch(checkpoint, setting, kept, wanted.batches, wanted.runs):
         add(row)
-    if wanted.against:
-        sizes = wanted.batches or (wanted.batch,)
-        found["ours"] = [technique.name for technique in ours]  # what a job can have, whatever else was kept
-        for fight in duel(checkpoint, setting, ours, sizes, max(wanted.runs, 5), compiled=wanted.compiles):
-            found["duels"].append(fight.told())
-            _keep(found, wanted.out)
-            tell(
-                "batch {batch}: ours {ours:.3f} images/s, diffusers ({recipe}) {theirs:.3f}: "
-                "{ratio:.3f} × ({ratio_from:.3f} to {ratio_to:.3f})".format(**found["duels"][-1])
-            )
+    if all(row["lacking"] for row in found["rows"]):
+        raise JobFailed(f"bench: nothing could be measured: {found['rows'][0]['lacking']}; a lower --batch takes less")
+    if job.timing is not None:
+        found["job"] = found["rows"][[row["name"] for row in found["rows"]].index(NAME)]
+        how = "".join(f", {field}: true" for field in found["fields"])
+        share = 100 * found["job"]["share_of_floor"]
+        tell(f"a job makes {job.timing.images_a_second:.3f} images/s, {share:.1f} % of the floor{how}")
+    for fight in _duels(wanted, checkpoint, setting, kept):
+        found["duels"].append(fight)
+        _keep(found, wanted.out)
+        tell(
+            "batch {batch}: not measured: {lacking}".format(**fight)
+            if "lacking" in fight
+            else "batch {batch}: ours {ours:.3f} images/s, diffusers ({recipe}) {theirs:.3f}: "
+            "{ratio:.3f} × ({ratio_from:.3f} to {ratio_to:.3f})".format(**fight)
+        )
     quality = None
     if wanted.gate:
         scorer = find_scorer(wanted.scorer, wanted.model, wanted.device)
-        quality = gate(checkpoint, setting, ours, float8, wanted.gate, wanted.batch, scorer)
+        quality = gate(checkpoint, setting, float8, wanted.gate, wanted.batch, scorer, *fields)
         found["gate"] = quality.told()
         tell(f"model.fp8, {quality.line()}")
     if wanted.out is not None:
@@ -156,6 +162,53 @@ def _measured(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     if quality is not None:
         quality.refuse("model.fp8")
     return found
+
+
+def _look_inside(
+    found: dict[str, Any],
+    tell: Tell,
+    checkpoint: Checkpoint,
+    setting: Setting,
+    kept: Sequence[Technique],
+    batch: int,
+) -> None:
+    """How long the model takes to load, and the parts of a batch."""
+
+    def look() -> tuple[float, dict[str, float]]:
+        began = time.perf_counter()
+        subject = prepared(checkpoint, setting, kept)
+        settle(setting.device)
+        return time.perf_counter() - began, phases(subject, setting, batch)
+
+    looked = attempt(look)
+    if isinstance(looked, str):
+        tell(f"a batch's parts: not measured: {looked}")
+        return
+    loading, found["phases"] = looked
+    if checkpoint.layout != "random":
+        found["loading_seconds"] = round(loading, 3)
+        tell(f"loaded in {loading:.2f} s: what a process takes before its first, cold batch")
+    tell("a batch's text, step and decoding: " + ", ".join(f"{s * 1e3:.1f} ms" for s in found["phases"].values()))
+
+
+def _back_to_back(checkpoint: Checkpoint, setting: Setting, kept: Sequence[Technique], batch: int, runs: int) -> Row:
+    """The row of what jobs do; other bytes than one batch after the other has are a mistake of ours."""
+    made = attempt(lambda: measure_back_to_back(prepared(checkpoint, setting, kept), setting, batch, runs))
+    if isinstance(made, str):
+        return Row(NAME, lacking=made)
+    timing, same = made
+    if not same:
+        return Row(NAME, lacking="pictures have other bytes than one batch after the other", same_bytes=False)
+    return Row(NAME, timing, kept=True, same_bytes=True)
+
+
+def _duels(
+    wanted: Wanted, checkpoint: Checkpoint, setting: Setting, kept: Sequence[Technique]
+) -> Iterator[dict[str, Any]]:
+    for batch in (wanted.batches or (wanted.batch,)) if wanted.against else ():
+        turns = max(wanted.runs, 5)
+        fight = attempt(partial(duel, checkpoint, setting, kept, batch, turns, compiled=wanted.compiles))
+        yield {"batch": batch, "lacking": fight} if isinstance(fight, str) else fight.told()
 
 
 def _check(wanted: Wanted) -> None:
@@ -191,7 +244,7 @@ def _machine(device: str) -> dict[str, str]:
 
 
 def _told(row: Row, most: float) -> dict[str, Any]:
-    told: dict[str, Any] = {"name": row.name, "kept": row.kept, "lacking": row.lacking, "psnr": row.psnr}
+    told = {name: value for name, value in asdict(row).items() if name != "timing"}
     if row.timing is not None:
         told |= row.timing.told() | {"share_of_floor": round(row.timing.images_a_second / most, 4)}
     return told
@@ -199,47 +252,12 @@ def _told(row: Row, most: float) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> str:
     if row["lacking"]:
-        return f"{row['name']:<30} not measured: {row['lacking']}"
+        return f"{row['name']:<33} not measured: {row['lacking']}"
     memory = f"{row['peak_bytes'] / 1e9:6.2f} GB" if row["peak_bytes"] is not None else ""
     moved = "" if row["psnr"] is None else f"  {row['psnr']:.0f} dB from the first row"
     return (
-        f"{row['name']:<30} {row['images_a_second']:8.3f} images/s ({row['from']:.3f} to {row['to']:.3f})"
+        f"{row['name']:<33} {row['images_a_second']:8.3f} images/s ({row['from']:.3f} to {row['to']:.3f})"
         f"  {100 * row['share_of_floor']:5.1f} % of the floor {memory}  cold {row['cold']:.1f} s"
-        f"{'  kept' if row['kept'] else ''}{moved}"
+        f"{'  kept' if row['kept'] else '' if row['in_jobs'] else '  no job can'}{moved}"
+        f"{'  the same bytes' if row['same_bytes'] else ''}"
     )
-
-
-def draw_plot(found: dict[str, Any]) -> bytes:
-    """A PNG: a bar a row, with its spread. Needs Matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, and not everybody has it
-    from matplotlib.figure import Figure
-
-    rows: Sequence[dict[str, Any]] = [row for row in found["rows"] if not row["lacking"]]
-    figure = Figure(figsize=(10, 1.5 + 0.36 * len(rows)), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    rates = [row["images_a_second"] for row in rows]
-    below = [max(row["images_a_second"] - row["from"], 0.0) for row in rows]
-    above = [max(row["to"] - row["images_a_second"], 0.0) for row in rows]
-    axes.barh(
-        range(len(rows)),
-        rates,
-        xerr=[below, above],
-        color=["#1f5fa8" if row["kept"] else "#8ab8e6" for row in rows],
-        error_kw={"ecolor": "#55585e", "elinewidth": 1, "capsize": 2},
-    )
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("images/s (dark: kept)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{found['model']}, {found['width']}x{found['height']}, {found['steps']} steps, {found['dtype']}, "
-        f"{found['hardware']}, torch {found['torch']}, {found['date']}",
-        x=0.01,
-        ha="left",
-        fontsize=10,
-        parse_math=False,
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -11,23 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend as Backend
 
+from sdbatch.bench.clock import Setting
 from sdbatch.bench.subject import Subject
+from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.compilation import compile_blocks
 from sdbatch.diffusion.compilation import lacking as compiler_lacking
 from sdbatch.diffusion.float8 import lacking as float8_lacking
 from sdbatch.diffusion.float8 import transformers_to_float8
+from sdbatch.diffusion.pipeline import vae_dtype
 from sdbatch.diffusion.unet import Attention, KeysValues, TransformerBlock
+from sdbatch.diffusion.weights import DTYPES
 
 
 @dataclass(frozen=True)
 class Technique:
-    """``apply`` changes a model that was just loaded; ``lacking`` tells why that can't be done here, if so."""
+    """``apply`` changes a model that was just loaded; ``lacking`` tells why that can't be done here, if so.
+
+    Jobs work so ``always`` on these devices, or where a ``field`` of their spec says so; else no job can.
+    """
 
     name: str
     apply: Callable[[Subject], None]
-    lacking: Callable[[Subject], str | None] = lambda subject: None
+    lacking: Callable[[Checkpoint, Setting], str | None] = lambda checkpoint, setting: None
     of: str | None = None  # one of several ways to do the same, of which a model can have one
     coarser: bool = False  # numbers with fewer digits, so that pictures may suffer
+    always: tuple[str, ...] = ()
+    field: str | None = None
+
+    def in_jobs(self, device: str) -> bool:
+        """Can a job on such a device work so?"""
+        return device in self.always or self.field is not None
 
 
 class FusedAttention(nn.Module):
@@ -88,46 +101,46 @@ def float8(subject: Subject) -> None:
     transformers_to_float8(subject.unet)
 
 
-def _without_cuda(subject: Subject) -> str | None:
-    return None if subject.device.type == "cuda" else "needs a CUDA device"
+def _without_cuda(checkpoint: Checkpoint, setting: Setting) -> str | None:
+    return None if setting.device == "cuda" else "needs a CUDA device"
 
 
-def _without_float8(subject: Subject) -> str | None:
-    return float8_lacking(subject.device.type)
+def _without_float8(checkpoint: Checkpoint, setting: Setting) -> str | None:
+    return float8_lacking(setting.device)
 
 
-def _without_compiler(subject: Subject) -> str | None:
-    return compiler_lacking(subject.device.type)
+def _without_compiler(checkpoint: Checkpoint, setting: Setting) -> str | None:
+    return compiler_lacking(setting.device)
 
 
-def _vae_is_alike(subject: Subject) -> str | None:
-    same = next(subject.vae.parameters()).dtype == subject.dtype
+def _vae_is_alike(checkpoint: Checkpoint, setting: Setting) -> str | None:
+    kind = DTYPES[setting.dtype]
+    same = vae_dtype(checkpoint.vae.config, kind) == kind
     return "the VAE computes as the U-Net does already" if same else None
 
 
-#: How jobs compile, with ``model.compile``.
-BLOCKS = Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler")
-#: In the order in which they are added; each stays when it makes pictures faster.
+_DEVICES = ("cpu", "cuda")
+
+#: In the order in which they are added; each stays when it makes pictures faster and jobs can use it.
 TECHNIQUES = (
-    Technique("text once a distinct prompt", read_texts_once),
-    Technique("keys and values once a prompt", tell_texts_once),
-    Technique("channels last: VAE", partial(channels_last, "vae")),
-    Technique("channels last: U-Net", partial(channels_last, "unet")),
+    Technique("text once a distinct prompt", read_texts_once, always=_DEVICES),
+    Technique("keys and values once a prompt", tell_texts_once, always=_DEVICES),
+    Technique("channels last: VAE", partial(channels_last, "vae"), always=_DEVICES),
+    Technique("channels last: U-Net", partial(channels_last, "unet"), always=("cuda",)),
     Technique("fused QKV", fuse),
     Technique("attention: plain", partial(attend_by, Backend.MATH), of="attention"),
     Technique("attention: flash", partial(attend_by, Backend.FLASH_ATTENTION), of="attention"),
     Technique("attention: efficient", partial(attend_by, Backend.EFFICIENT_ATTENTION), _without_cuda, of="attention"),
     Technique("attention: cuDNN", partial(attend_by, Backend.CUDNN_ATTENTION), _without_cuda, of="attention"),
     Technique("VAE in the U-Net's format", vae_as_unet, _vae_is_alike, coarser=True),
-    Technique("VAE picture by picture", slice_vae),
-    BLOCKS,
+    Technique("VAE picture by picture", slice_vae, field="model.vae_slicing"),
+    Technique("compiled block by block", compile_blocks, _without_compiler, of="compiler", field="model.compile"),
     Technique("compiled as a whole", compile_whole, _without_compiler, of="compiler"),
     Technique("CUDA graphs", partial(compile_whole, mode="reduce-overhead"), _without_cuda, of="compiler"),
-    Technique("float8 linear layers", float8, _without_float8, coarser=True),
+    Technique("float8 linear layers", float8, _without_float8, coarser=True, field="model.fp8"),
 )
 
 
-def as_in_jobs(device: str, *, compiled: bool = False) -> tuple[Technique, ...]:
-    """What jobs do: ``LatentDiffusion`` by itself, and with ``model.compile`` as far as that can be had here."""
-    own = TECHNIQUES[: 4 if device == "cuda" else 3]
-    return (*own, BLOCKS) if compiled and compiler_lacking(device) is None else own
+def as_in_jobs(device: str, *fields: str) -> tuple[Technique, ...]:
+    """What a job does, with these fields of its spec set."""
+    return tuple(one for one in TECHNIQUES if device in one.always or one.field in fields)

@@ -31,7 +31,7 @@ def bench(
     batches: Annotated[list[int], typer.Option(help="Then this many at once. Repeatable.")] = [],  # noqa: B006
     runs: Annotated[int, typer.Option(min=1, help="Batches to time for each row.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
-    compiles: Annotated[bool, typer.Option("--compile", help="Try torch's compiler too, which takes minutes.")] = False,
+    compiles: Annotated[bool, typer.Option("--compile", help="Use torch's compiler too, which takes minutes.")] = False,
     techniques: Annotated[bool, typer.Option(help="Compare techniques one by one, and keep what helps.")] = True,
     against: Annotated[str, typer.Option(metavar="diffusers", help="Measure it in turns with ours.")] = "",
     gate: Annotated[
