@@ -79,7 +79,10 @@ def verify(
             tell(f"  mended by: {mended}")
         if made_again is not None:
             mark = "[red]✗[/]" if made_again.different else "[green]✓[/]"
-            tell(f"{mark} {made_again.same:,} of {recompute:,} images made again have the same {made_again.by}")
+            made = made_again.same + len(made_again.different)
+            tell(f"{mark} {made_again.same:,} of {made:,} images made again have the same {made_again.by}")
+            if made < recompute:
+                tell(f"  of {recompute:,} asked for: a shard gives no more than its part, and none once it was mended")
             if made_again.different:
                 tell(f"  [red]{len(made_again.different):,} differ[/]: {_several(made_again.different)}")
     if not ok:
