@@ -37,17 +37,17 @@ def draws_back_to_back(subject: Subject, setting: Setting) -> DrawAll:
 
 
 def measure_back_to_back(subject: Subject, setting: Setting, batch: int, runs: int) -> tuple[Timing, bool]:
-    """Seconds of a batch among several, and whether they come to the bytes that they have one after the other."""
+    """Seconds of a batch among several, and whether the last of these have the bytes that they have by themselves."""
     requests = Requests()
     together, alone = draws_back_to_back(subject, setting), draws(subject, setting)
     with Peak(setting.device) as peak:
         cold, _ = timed(together, setting, [requests.batch(batch)])
-        seconds, same = [], True
+        seconds = []
         for _ in range(runs):
             batches = [requests.batch(batch) for _ in range(IN_A_ROW)]
             taken, pictures = timed(together, setting, batches)
             seconds.append(taken / IN_A_ROW)
-            same = same and all(np.array_equal(alone(*one), made) for one, made in zip(batches, pictures, strict=True))
+    same = all(np.array_equal(alone(*one), made) for one, made in zip(batches, pictures, strict=True))
     return Timing(batch, cold, seconds, peak.bytes), same
 
 
