@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from sdbatch.diffusion.float8 import Float8Linear
-from sdbatch.engine.making.batch import Refused
+from sdbatch.engine.making.batch import Coming, Refused
 from sdbatch.engine.making.generator import Generator
 from sdbatch.engine.making.logbook import Pen
 from sdbatch.engine.models.loading import find_job_checks, find_model
@@ -151,6 +153,28 @@ def test_what_copies_come_to_is_measured_by_a_calibration_as_by_a_run(tmp_path: 
     stored = [path.stat().st_size for folder in folders for path in folder.rglob("*-*.*")]
     assert len(stored) == 3 * 7
     assert (calibrated.images, calibrated.bytes) == (measured.images, measured.bytes) == (7, sum(stored))
+
+
+def test_a_calibration_waits_for_what_a_gpu_has_not_drawn_yet(tmp_path: Path) -> None:
+    planned = Planned(tmp_path, model={"uri": "builtin:null"})
+    generator = planned.generator()
+    make, takes, through = generator._maker.make, 0.1, [0.0]  # when the device is through with a batch
+
+    def until(due: float, result: Any) -> Any:
+        time.sleep(max(due - time.perf_counter(), 0))
+        return result
+
+    def begin(first: int, batch: Mapping[int, ImageRequest], *others: Any) -> Any:
+        """As on a GPU: what is told to it comes later, and who draws is one batch ahead, but for the first."""
+        made, before, warm = make(first, batch, *others), through[-1], len(through) > 1
+        through.append(max(before, time.perf_counter()) + takes)
+        until(before if warm else through[-1], None)
+        return {at: Coming(partial(until, through[-1], result)) for at, result in made.items()}
+
+    generator._maker.make = begin  # type: ignore[method-assign]
+    measured = generator.measure(planned.shard, 2)
+    assert (measured.batches, measured.firsts) == (2, 1)
+    assert measured.seconds >= 2 * takes
 
 
 @pytest.mark.parametrize("form", ["images", "webdataset", "parquet"])
