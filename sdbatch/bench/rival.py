@@ -100,17 +100,9 @@ def rival_draws(folder: Path, setting: Setting, recipe: str) -> Draw:
                 height=setting.height,
                 num_inference_steps=setting.steps,
                 guidance_scale=setting.guidance,
-                latents=_noise(pipe, setting, seeds),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
         return to_uint8(pictures)
 
     return draw
-
-
-def _noise(pipe: Any, setting: Setting, seeds: Sequence[int]) -> torch.Tensor:
-    """What ours begins with: drawn in float32, whatever is computed in."""
-    factor = pipe.vae_scale_factor
-    shape = pipe.unet.config.in_channels, setting.height // factor, setting.width // factor
-    drawn = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn).to(setting.device, DTYPES[setting.dtype])

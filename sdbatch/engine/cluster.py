@@ -125,12 +125,11 @@ def await_room(resources: Resources, on_wait: Callable[[str], None] = lambda tol
     # Whoever scales the cluster goes by what waits for room.
     waiting = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor)(_nothing).remote()
     deadline = time.monotonic() + _PATIENCE
-    while too_small(resources):
+    while not ray.wait([waiting], timeout=1.0)[0]:
         if time.monotonic() > deadline:
             ray.cancel(waiting)
             raise JobFailed(f"{told}; no other node came within {_PATIENCE / 60:.0f} minutes")
         on_wait(f"for a node: {told}")
-        ray.wait([waiting], timeout=1.0)
 
 
 def _nothing() -> None:

@@ -117,12 +117,8 @@ class BatchMaker:
 
     def _given(self, request: ImageRequest, fetched: Fetched) -> tuple[np.ndarray | None, np.ndarray | None] | Refused:
         """The picture that a request starts from and its mask, as far as it has any."""
-        start, mask, base, size = (
-            request.init_image,
-            request.mask_image,
-            self._pictures_at,
-            (request.width, request.height),
-        )
+        start, mask, base = request.init_image, request.mask_image, self._pictures_at
+        size = request.width, request.height
         try:
             return (
                 read_picture(start, base, size, fetched) if start else None,
