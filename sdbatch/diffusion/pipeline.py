@@ -32,8 +32,8 @@ from sdbatch.errors import ModelError, UsageError
 
 #: Scores that SDXL's refiner is told, for what is wanted and for what is not.
 _AESTHETIC = (6.0, 2.5)
-#: Numbers in a layer of the VAE that are computed at once, 16 pictures of 512x512 or 4 of 1024x1024: more of them make
-#: a GPU no faster, only fuller, and kernels that count in 32 bits end at twice as many.
+#: Numbers in a layer of the VAE that are computed at once, 16 pictures of 512x512 or 4 of 1024x1024: kernels that count
+#: in 32 bits end at twice as many. What is fastest on a GPU is not measured.
 _MOST_AT_ONCE = 1 << 30
 
 
@@ -256,8 +256,7 @@ class LatentDiffusion:
         """Latents (B, C, h, w) → pictures (B, 3, H, W), float32 in [0, 1]; NaN where they are not finite."""
         z = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
         pixels = z[0, 0].numel() * self.vae.config.downscale**2
-        parts = [self.vae.decode(part, tiled=self.vae_tiling) for part in self._slices(z, pixels)]
-        pictures = torch.cat(parts)
+        pictures = torch.cat([self.vae.decode(part, tiled=self.vae_tiling) for part in self._slices(z, pixels)])
         pictures = pictures.float() / 2 + 0.5
         return torch.where(pictures.isfinite(), pictures.clamp(0, 1), torch.nan)  # clamped, infinite would be white
 
