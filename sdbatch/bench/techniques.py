@@ -16,6 +16,7 @@ from sdbatch.bench.subject import Subject
 from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.compilation import compile_blocks
 from sdbatch.diffusion.compilation import lacking as compiler_lacking
+from sdbatch.diffusion.convolution import pack_convolutions
 from sdbatch.diffusion.float8 import lacking as float8_lacking
 from sdbatch.diffusion.float8 import transformers_to_float8
 from sdbatch.diffusion.pipeline import vae_dtype
@@ -75,6 +76,10 @@ def channels_last(part: str, subject: Subject) -> None:
     subject.networks()[part].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def pack(subject: Subject) -> None:
+    pack_convolutions(subject.unet)
+
+
 def fuse(subject: Subject) -> None:
     for block in subject.modules_of(TransformerBlock):
         block.attn1 = FusedAttention(block.attn1)
@@ -105,6 +110,10 @@ def _without_cuda(checkpoint: Checkpoint, setting: Setting) -> str | None:
     return None if setting.device == "cuda" else "needs a CUDA device"
 
 
+def _without_cpu(checkpoint: Checkpoint, setting: Setting) -> str | None:
+    return None if setting.device == "cpu" else "is for the CPU"
+
+
 def _without_float8(checkpoint: Checkpoint, setting: Setting) -> str | None:
     return float8_lacking(setting.device)
 
@@ -126,6 +135,7 @@ TECHNIQUES = (
     Technique("text once a distinct prompt", read_texts_once, always=_DEVICES),
     Technique("keys and values once a prompt", tell_texts_once, always=_DEVICES),
     Technique("channels last: VAE", partial(channels_last, "vae"), always=_DEVICES),
+    Technique("convolutions packed: U-Net", pack, _without_cpu, always=("cpu",)),
     Technique("channels last: U-Net", partial(channels_last, "unet"), always=("cuda",)),
     Technique("fused QKV", fuse),
     Technique("attention: plain", partial(attend_by, Backend.MATH), of="attention"),

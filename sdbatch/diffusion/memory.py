@@ -4,7 +4,8 @@ What is counted are tensors: weights, activations, conditioning, latents, pictur
 fragmentation and rounding, workspaces of cuDNN and cuBLAS, the CUDA context (about half a gigabyte), and what several
 steps of a sampler keep of latents (less than a thousandth). Attention counts as its output alone: fused kernels never
 hold the matrix of all pairs. On a GPU group norms and convolutions copy what they get into another layout (channels
-first, channels last) for as long as they take; that is counted with ``on_gpu``.
+first, channels last) for as long as they take; that is counted with ``on_gpu``, and without it what the U-Net's
+convolutions keep laid out for a processor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
 from sdbatch.diffusion.conditioning import Conditioning
+from sdbatch.diffusion.convolution import packed_bytes
 from sdbatch.diffusion.pipeline import LatentDiffusion, vae_dtype
 from sdbatch.diffusion.weights import DTYPES, skeletons
 
@@ -80,6 +82,7 @@ def peak_bytes(
     weights |= {part.name: _weights(encoder) for part, encoder in zip(checkpoint.text_encoders, encoders, strict=True)}
     of_encoders = [weights[part.name] for part in checkpoint.text_encoders]
     resident = weights["unet"] + weights["vae"] + (0 if offload_text_encoders else sum(of_encoders))
+    resident += 0 if on_gpu else packed_bytes(unet)
     size = {"batch": batch, "width": width, "height": height}
     encoding, denoising, decoding = activations(model, **size, guided=guided, on_gpu=on_gpu)
     return Memory(

@@ -16,6 +16,7 @@ from sdbatch.diffusion import folder as diffusers_folder
 from sdbatch.diffusion.adapters import Adaptation, adapt
 from sdbatch.diffusion.checkpoint import Checkpoint
 from sdbatch.diffusion.conditioning import Conditioning, Reading, sent, text_states
+from sdbatch.diffusion.convolution import pack_convolutions
 from sdbatch.diffusion.grids import Step
 from sdbatch.diffusion.locate import open_checkpoint
 from sdbatch.diffusion.painting import Painting, checked_pixels
@@ -86,10 +87,12 @@ class LatentDiffusion:
         return model
 
     def _lay_out(self) -> None:
-        """Channels last is faster. On the CPU the U-Net gains little by it, and stays mapped from its file."""
+        """Channels last is faster; on the CPU the U-Net, which is used at every step, has its convolutions packed."""
         networks: list[Any] = [self.vae, self.unet] if self.device.type == "cuda" else [self.vae]
         for network in networks:
             network.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            pack_convolutions(self.unet)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write the model in the diffusers layout; diffusers' pipelines open the folder. Raises ModelError for a model

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdbatch.diffusion.convolution import Conv2d
 from sdbatch.diffusion.resnet import Downsample, ResnetBlock, Upsample
 
 
@@ -83,7 +84,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, gate = self.proj(x).chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        gate = F.gelu(gate)
+        return gate * h if torch.is_grad_enabled() else gate.mul_(h)
 
 
 class FeedForward(nn.Module):
@@ -111,9 +113,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, text: KeysValues) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x)).add_(x)
+        x = self.attn2(self.norm2(x), text).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class SpatialTransformer(nn.Module):
@@ -133,8 +135,7 @@ class SpatialTransformer(nn.Module):
         size = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2)  # (B, h·w, width)
-        if self.linear:
-            h = self.proj_in(h)
+        h = self.proj_in(h) if self.linear else h.contiguous()
         for block in self.transformer_blocks:
             h = block(h, next(texts))
         if self.linear:
@@ -232,7 +233,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], 4 * widths[0])
         self.add_embedding = Embedding(config.added_dim, 4 * widths[0]) if config.added_dim else None
 
@@ -250,7 +251,7 @@ class UNet(nn.Module):
             below = widths[level]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def keys_values(self, context: Tensor) -> list[KeysValues]:
         """What each cross-attention is told of the text, in the order in which they come."""

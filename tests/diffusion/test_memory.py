@@ -14,6 +14,7 @@ from sdbatch.diffusion import LatentDiffusion, NoiseSchedule, open_checkpoint
 from sdbatch.diffusion.checkpoint import Checkpoint, Component
 from sdbatch.diffusion.clip import clip_component
 from sdbatch.diffusion.clip_folder import read_clip_folder
+from sdbatch.diffusion.convolution import packed_bytes
 from sdbatch.diffusion.locate import locate_clip
 from sdbatch.diffusion.memory import activations, image_encoder_bytes, live_tensors, peak_bytes
 from sdbatch.diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -78,7 +79,7 @@ def test_without_content_the_same_bytes_as_with(guided: bool, tiled: bool) -> No
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     stored = {name: sum(tensor.nbytes for tensor in network.parameters()) for name, network in networks.items()}
     assert told.weights == stored
-    resident = sum(stored.values())
+    resident = sum(stored.values()) + packed_bytes(model.unet)
     assert (told.encoding, told.denoising, told.decoding) == tuple(
         resident + made for made in activations(model, **settings)
     )
@@ -190,9 +191,9 @@ def test_on_a_gpu_the_copies_of_norms_and_convolutions_count() -> None:
     size: Any = {"dtype": "bfloat16", "batch": 1, "width": 1024, "height": 1024}
     here, there = (peak_bytes(SDXL, **size, on_gpu=on_gpu) for on_gpu in (False, True))
     # At full size the decoder's widest block holds its input, the norm's copy of it and what the norm makes.
-    assert there.decoding - here.decoding >= 2 * 128 * 1024 * 1024
-    assert there.denoising >= here.denoising
-    assert (there.weights, there.resident) == (here.weights, here.resident)
+    assert there.decoding - there.resident - (here.decoding - here.resident) >= 2 * 128 * 1024 * 1024
+    assert there.denoising - there.resident >= here.denoising - here.resident
+    assert there.weights == here.weights
 
 
 def test_a_large_batch_is_decoded_in_parts_of_a_fixed_size() -> None:
