@@ -65,7 +65,7 @@ class FusedAttention(nn.Module):
 
 
 def read_texts_once(subject: Subject) -> None:
-    subject.texts_once, subject.keeps_texts = True, 256
+    subject.texts_once, subject.texts.keeps = True, 256
 
 
 def tell_texts_once(subject: Subject) -> None:

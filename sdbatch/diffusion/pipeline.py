@@ -15,16 +15,16 @@ from torch import Tensor
 from sdbatch.diffusion import folder as diffusers_folder
 from sdbatch.diffusion.adapters import Adaptation, adapt
 from sdbatch.diffusion.checkpoint import Checkpoint
-from sdbatch.diffusion.conditioning import Conditioning, Reading, sent, text_states
+from sdbatch.diffusion.conditioning import Conditioning, Reading, sent
 from sdbatch.diffusion.convolution import pack_convolutions
 from sdbatch.diffusion.grids import Step
 from sdbatch.diffusion.locate import open_checkpoint
 from sdbatch.diffusion.painting import Painting, checked_pixels
-from sdbatch.diffusion.prompt import read_prompts
 from sdbatch.diffusion.samplers import SAMPLERS, Denoiser, most_steps, sample, start_scale, steps_of
 from sdbatch.diffusion.schedule import NoiseSchedule
 from sdbatch.diffusion.single_file import write_single_file
 from sdbatch.diffusion.text_encoder import TextEncoder
+from sdbatch.diffusion.texts import Texts, TextStates
 from sdbatch.diffusion.tokenizer import CLIPTokenizer
 from sdbatch.diffusion.unet import Added, UNet
 from sdbatch.diffusion.vae import VAE, VAEConfig
@@ -43,14 +43,12 @@ class LatentDiffusion:
 
     def __init__(self, checkpoint: Checkpoint, text_encoders: Sequence[TextEncoder], unet: UNet, vae: VAE) -> None:
         self.checkpoint = checkpoint
-        self.text_encoders = list(text_encoders)
         self.unet = unet
         self.vae = vae
         self.vae_tiling = False  # decode and encode large pictures tile by tile: less memory, soft seams
         self.vae_slicing = False  # decode and encode picture by picture: less memory
-        self.keeps_texts = 0  # read prompts to keep from one call to the next, where no weight changes meanwhile
-        self._texts: dict[tuple[str, Reading, int, bool], tuple[Tensor, Tensor]] = {}
-        self._offloads = False
+        penultimate = unet.config.added_dim is not None
+        self.texts = Texts(checkpoint.tokenizers, text_encoders, self.device, penultimate=penultimate)
 
     # -- loading and saving ------------------------------------------------------------------------------
 
@@ -127,6 +125,10 @@ class LatentDiffusion:
         return self.checkpoint.tokenizers[0]
 
     @property
+    def text_encoders(self) -> list[TextEncoder]:
+        return self.texts.encoders
+
+    @property
     def schedule(self) -> NoiseSchedule:
         return self.checkpoint.schedule
 
@@ -143,27 +145,9 @@ class LatentDiffusion:
         """Width and height in pixels that the model was trained at."""
         return self.checkpoint.default_size
 
-    @property
-    def offload_text_encoders(self) -> bool:
-        """Are text encoders kept off the device but while they encode, one at a time: less memory."""
-        return self._offloads
-
-    @offload_text_encoders.setter
-    def offload_text_encoders(self, wanted: bool) -> None:
-        self._offloads = wanted
-        for encoder in self.text_encoders:
-            encoder.to("cpu" if wanted else self.device)
-
     def lengths(self, prompts: Sequence[str], reading: Reading = Reading()) -> list[int]:
-        """Tokens of each prompt; what is beyond ``tokenizer.room`` is cut or takes another chunk.
-
-        A learnt word may have vectors for one text encoder and not for the other: the longer reading counts.
-        """
-        reads = [
-            read_prompts(tokenizer, prompts, chunked=False, emphasis=reading.emphasis)
-            for tokenizer in self.checkpoint.tokenizers
-        ]
-        return [max(read.length for read in of_prompt) for of_prompt in zip(*reads, strict=True)]
+        """Tokens of each prompt; what is beyond ``tokenizer.room`` is cut or takes another chunk."""
+        return self.texts.lengths(prompts, reading)
 
     @torch.inference_mode()
     def encode(
@@ -181,16 +165,7 @@ class LatentDiffusion:
         stands beside it changes nothing. Raises UsageError where a prompt that is to be read whole
         (``long_prompts="chunk"``) takes more chunks than that.
         """
-        how = reading, chunks, negative
-        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, *how) not in self._texts]
-        read = self._read([[prompt] for prompt in new], reading, chunks, negative) if new else []
-        known = self._texts | {(prompt, *how): text for prompt, text in zip(new, read, strict=True)}
-        used = {(prompt, *how): known[prompt, *how] for prompt in prompts}
-        if self.keeps_texts:
-            latest = [*(item for item in self._texts.items() if item[0] not in used), *used.items()]
-            self._texts = dict(latest[-self.keeps_texts :])
-        states, pooled = (torch.cat(parts) for parts in zip(*(known[prompt, *how] for prompt in prompts), strict=True))
-        return self._told(prompts, states, pooled, size, negative)
+        return self._told(prompts, self.texts.each(prompts, reading, chunks, negative), size, negative)
 
     def condition(
         self,
@@ -202,36 +177,13 @@ class LatentDiffusion:
         negative: bool = False,
     ) -> Conditioning:
         """The same as ``encode`` but for rounding, all prompts in one batch, where gradients are to flow."""
-        ((states, pooled),) = self._read([prompts], reading, chunks, negative)
-        return self._told(prompts, states, pooled, size, negative)
-
-    def _read(
-        self, batches: Sequence[Sequence[str]], reading: Reading, chunks: int, negative: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch, the states of all text encoders side by side (B, L, D), and the last one's pooled text."""
-        # The reference skips layers for what is wanted alone, and so do we: the same pictures.
-        skip, penultimate = 0 if negative else reading.clip_skip, self.unet.config.added_dim is not None
-        by_encoder = []
-        for tokenizer, encoder in zip(self.checkpoint.tokenizers, self.text_encoders, strict=True):
-            if self._offloads:
-                encoder.to(self.device)
-            by_encoder.append(
-                [
-                    text_states(tokenizer, encoder, batch, reading, chunks=chunks, skip=skip, penultimate=penultimate)
-                    for batch in batches
-                ]
-            )
-            if self._offloads:
-                encoder.to("cpu")
-        return [
-            (torch.cat([states for states, _ in parts], dim=-1), parts[-1][1])
-            for parts in zip(*by_encoder, strict=True)
-        ]
+        return self._told(prompts, self.texts.together(prompts, reading, chunks, negative), size, negative)
 
     def _told(
-        self, prompts: Sequence[str], states: Tensor, pooled: Tensor, size: tuple[int, int] | None, negative: bool
+        self, prompts: Sequence[str], read: TextStates, size: tuple[int, int] | None, negative: bool
     ) -> Conditioning:
         """Text as the U-Net is told it: SDXL also hears the pooled text and sizes."""
+        states, pooled = read
         if self.unet.config.added_dim is None:
             return Conditioning(states, None)
         width, height = size or self.default_size

@@ -267,10 +267,10 @@ def test_offloaded_text_encoders_say_the_same(families: dict[str, LatentDiffusio
     settings = {"seeds": [1], "num_inference_steps": 1, "output": "latent", "width": 16, "height": 16}
     before = model.generate(["a ring"], **settings)
     try:
-        model.offload_text_encoders = True
+        model.texts.offloaded = True
         assert torch.equal(model.generate(["a ring"], **settings), before)
     finally:
-        model.offload_text_encoders = False
+        model.texts.offloaded = False
 
 
 def test_outside_its_interval_guidance_is_off(families: dict[str, LatentDiffusion]) -> None:

@@ -262,7 +262,7 @@ def test_a_prompt_is_read_the_same_whatever_stands_beside_it(
     company: list[str], kept: int, sdxl: LatentDiffusion
 ) -> None:
     alone = {prompt: sdxl.encode([prompt]) for prompt in company}
-    sdxl.keeps_texts = kept
+    sdxl.texts.keeps = kept
     try:
         for _ in range(2):
             together = sdxl.encode(company)
@@ -271,7 +271,7 @@ def test_a_prompt_is_read_the_same_whatever_stands_beside_it(
             assert together.added is not None
             assert torch.equal(together.added.pooled, torch.cat(pooled))
     finally:
-        sdxl.keeps_texts = 0
+        sdxl.texts.keeps = 0
 
 
 def test_distinct_prompts_are_read_once_and_kept_as_long_as_asked_for(
@@ -279,13 +279,13 @@ def test_distinct_prompts_are_read_once_and_kept_as_long_as_asked_for(
 ) -> None:
     read: list[str] = []
     monkeypatch.setattr(
-        "sdbatch.diffusion.pipeline.text_states",
+        "sdbatch.diffusion.texts.text_states",
         lambda *given, **how: read.extend(given[2]) or text_states(*given, **how),
     )
     sd1.encode(["a ring", "a star", "a ring"])
     sd1.encode(["a ring"])
     assert read == ["a ring", "a star", "a ring"], "between calls nothing is kept"
-    monkeypatch.setattr(sd1, "keeps_texts", 2)
+    monkeypatch.setattr(sd1.texts, "keeps", 2)
     read.clear()
     for prompts in (["a ring"], ["a star", "a ring"], ["a ring"], ["a cross"], ["a ring"], ["a star"]):
         sd1.encode(prompts)
@@ -293,4 +293,4 @@ def test_distinct_prompts_are_read_once_and_kept_as_long_as_asked_for(
     sd1.encode(["a ring"], negative=True)
     sd1.encode(["a star"], reading=EMPHASIS)
     assert read[4:] == ["a ring", "a star"], "read otherwise is another text"
-    sd1._texts.clear()
+    sd1.texts._kept.clear()

@@ -87,8 +87,8 @@ class LatentModel:
             )
             self.sha256 = sha256.result()
         self._model.vae_tiling, self._model.vae_slicing = model.vae_tiling, model.vae_slicing
-        self._model.offload_text_encoders = model.offload_text_encoders
-        self._model.keeps_texts = _KEPT_TEXTS
+        self._model.texts.offloaded = model.offload_text_encoders
+        self._model.texts.keeps = _KEPT_TEXTS
         self._settings = settings
         self._reading = Reading(settings.long_prompts, settings.emphasis, settings.clip_skip)
         self.mask_cell = self._model.vae.config.downscale
