@@ -2,7 +2,7 @@
 
 What is counted are tensors: weights, activations, conditioning, latents, pictures. What is not: the allocator's
 fragmentation and rounding, workspaces of cuDNN and cuBLAS, the CUDA context (about half a gigabyte), and what several
-steps of a sampler keep of latents (less than a thousandth). Attention counts as its output alone: fused kernels never
+steps of a sampler keep of latents and a batch's distinct texts beyond the second of states (less than a thousandth). Attention counts as its output alone: fused kernels never
 hold the matrix of all pairs. On a GPU group norms and convolutions copy what they get into another layout (channels
 first, channels last) for as long as they take; that is counted with ``on_gpu``, and without it what the U-Net's
 convolutions keep laid out for a processor.
@@ -29,8 +29,8 @@ from sdbatch.diffusion.convolution import packed_bytes
 from sdbatch.diffusion.pipeline import LatentDiffusion, vae_dtype
 from sdbatch.diffusion.weights import DTYPES, skeletons
 
-#: Texts that are read one by one to know what they take: each takes tens of milliseconds.
-_DISTINCT = 16
+#: Texts that are read one by one to know what they take, half a second each in a large model.
+_DISTINCT = 2
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def activations(
     """The most bytes alive, beside the weights, while a model encodes, denoises (one step) and decodes."""
     factor, channels = model.vae.config.downscale, model.vae.config.latent_channels
     with live_tensors(model.device, on_gpu=on_gpu) as live:
-        # All distinct is the most that a batch takes; beyond some, another text's states are nothing beside a picture.
+        # All distinct is the most that a batch takes; beyond two, another text's states are nothing beside a picture.
         prompts = [str(number % _DISTINCT) for number in range(batch)]
         conditioning = given = model.encode(prompts, size=(width, height))
         if guided:
