@@ -1,11 +1,11 @@
 """How much memory a checkpoint takes, told before it is loaded: the networks run on tensors without content.
 
 What is counted are tensors: weights, activations, conditioning, latents, pictures. What is not: the allocator's
-fragmentation and rounding, workspaces of cuDNN and cuBLAS, the CUDA context (about half a gigabyte), and what several
-steps of a sampler keep of latents and a batch's distinct texts beyond the second of states (less than a thousandth). Attention counts as its output alone: fused kernels never
-hold the matrix of all pairs. On a GPU group norms and convolutions copy what they get into another layout (channels
-first, channels last) for as long as they take; that is counted with ``on_gpu``, and without it what the U-Net's
-convolutions keep laid out for a processor.
+fragmentation and rounding, workspaces of cuDNN and cuBLAS, the CUDA context (about half a gigabyte), and, less than a
+thousandth, what several steps of a sampler keep of latents, and a batch's distinct texts beyond the second of states.
+Attention counts as its output alone: fused kernels never hold the matrix of all pairs. On a GPU group norms and
+convolutions copy what they get into another layout (channels first, channels last) for as long as they take; that is
+counted with ``on_gpu``, and without it what the U-Net's convolutions keep laid out for a processor.
 """
 
 from __future__ import annotations
