@@ -20,9 +20,10 @@ from sdbatch.spec import Resources
 
 #: CPUs that reading the table needs beside the actors.
 _READERS = 1
-#: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do: on a CPU
-#: some per cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+#: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do, and in one
+#: arena for all threads: others give memory back, and are given it anew, at every batch. On a CPU each makes some per
+#: cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 #: Seconds that nodes may take to come.
 _PATIENCE = 1800.0
 
@@ -35,7 +36,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     connects = not ray.is_initialized()
     own = connects and not os.environ.get("RAY_ADDRESS")
     if own:
-        os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
+        os.environ.setdefault("GLIBC_TUNABLES", ALLOCATOR)
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, to its very end; that is for our results
         if connects:
             _start(resources, own)

@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sdbatch.engine.cluster import HUGE_PAGES
+from sdbatch.engine.cluster import ALLOCATOR
 
 BATCH, PROMPTS = 8, 512
 
@@ -71,7 +71,7 @@ def worker(core: int, pairs: int, steps: int, results: Any) -> None:
 
 
 def main(pairs: int, steps: int) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": HUGE_PAGES}  # as an actor has it
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": ALLOCATOR}  # as an actor has it
     context = get_context("spawn")
     results = context.Queue()
     cores = sorted(os.sched_getaffinity(0))

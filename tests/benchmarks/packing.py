@@ -17,7 +17,7 @@ import torch
 
 from sdbatch.bench.sizes import checkpoint_of, load_subject
 from sdbatch.diffusion.convolution import Conv2d, pack_convolutions, packed_bytes
-from sdbatch.engine.cluster import HUGE_PAGES
+from sdbatch.engine.cluster import ALLOCATOR
 
 
 def main(name: str, dtype: str, side: int, batch: int, turns: int) -> None:
@@ -55,11 +55,11 @@ def main(name: str, dtype: str, side: int, batch: int, turns: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("GLIBC_TUNABLES") != HUGE_PAGES:  # as an actor has it, from the process's start
+    if os.environ.get("GLIBC_TUNABLES") != ALLOCATOR:  # as an actor has it, from the process's start
         os.execve(
             sys.executable,
             [sys.executable, "-m", __spec__.name, *sys.argv[1:]],
-            os.environ | {"GLIBC_TUNABLES": HUGE_PAGES},
+            os.environ | {"GLIBC_TUNABLES": ALLOCATOR},
         )
     given = [*sys.argv[1:], *["builtin:shapes", "float32", "64", "8", "40"][len(sys.argv) - 1 :]]
     main(given[0], given[1], *(int(word) for word in given[2:]))

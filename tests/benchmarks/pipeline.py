@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from sdbatch.engine.cluster import ALLOCATOR
 from sdbatch.ledger.runs import read_runs
 from sdbatch.storage import open_store
 
@@ -189,7 +190,7 @@ def write_job(folder: Path, prompts: list[str], processes: int) -> Path:
 
 def main(images: int, rounds: int, processes: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as sdbatch has it for its actors
+    os.environ.setdefault("GLIBC_TUNABLES", ALLOCATOR)  # as sdbatch has it for its actors
     prompts = [f"a {('red', 'green', 'blue')[i % 3]} circle on a white background" for i in range(images)]
     ratios, started, shares = list[float](), list[float](), list[float]()
     for number in range(rounds):

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sdbatch.engine.cluster import HUGE_PAGES
+from sdbatch.engine.cluster import ALLOCATOR
 from sdbatch.engine.handing import HELD
 from sdbatch.ledger import Shard
 from sdbatch.storage import LocalStore
@@ -122,7 +122,7 @@ def side_by_side(images: int, cores: Sequence[int]) -> float:
 
 
 def main(images: int, rounds: int) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": HUGE_PAGES}  # as an actor has it
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": ALLOCATOR}  # as an actor has it
     cores = sorted(os.sched_getaffinity(0))[:2]
     falls = list[float]()
     for _ in range(rounds):
