@@ -20,9 +20,9 @@ from sdbatch.spec import Resources
 
 #: CPUs that reading the table needs beside the actors.
 _READERS = 1
-#: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do, and in one
-#: arena for all threads: others give memory back, and are given it anew, at every batch. On a CPU each makes some per
-#: cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
+#: What glibc allocates lies on huge pages where the kernel leaves it to programs to ask for them, as most do, and in
+#: one arena for all threads: others give memory back, and are given it anew, at every batch. On a CPU each makes some
+#: per cent more pictures (docs/performance.md). Read when a process starts, so it is for those that Ray starts.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 #: Seconds that nodes may take to come.
 _PATIENCE = 1800.0
