@@ -30,6 +30,8 @@ class Conv2d(nn.Conv2d):
         weight = self.weight  # which may have changed since, in place or for another
         wanted = x.shape, weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if self._packed_for != wanted:
+            if not _has_kernels(weight):  # it has moved since
+                return super().forward(x)
             self._packed = torch.ops.mkldnn_prepacked.conv2d_prepack(
                 weight, self.bias, self.stride, self.padding, self.dilation, self.groups, x.shape, "none"
             )
@@ -42,7 +44,7 @@ class Conv2d(nn.Conv2d):
 
 
 def pack_convolutions(network: nn.Module) -> None:
-    """Have a network on the CPU keep its convolutions' weights laid out, beside those it has; see ``packable``."""
+    """Have a network on the CPU keep its convolutions' weights laid out, beside those it has, where it can."""
     for module in _packable(network):
         module.packs = True
 
@@ -53,11 +55,14 @@ def packed_bytes(network: nn.Module) -> int:
 
 
 def _packable(network: nn.Module) -> list[Conv2d]:
-    """The layers that have such kernels on this machine."""
-    if platform.machine() not in {"x86_64", "AMD64"} or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return []
-    kinds = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kinds.add(torch.bfloat16)
-    layers = [module for module in network.modules() if isinstance(module, Conv2d)]
-    return [layer for layer in layers if layer.weight.dtype in kinds and layer.weight.device.type in {"cpu", "meta"}]
+    return [module for module in network.modules() if isinstance(module, Conv2d) and _has_kernels(module.weight)]
+
+
+def _has_kernels(weight: Tensor) -> bool:
+    """Does this machine's torch have such kernels for weights of this format and place?"""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or platform.machine() not in {"x86_64", "AMD64"} or weight.device.type not in {"cpu", "meta"}:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32

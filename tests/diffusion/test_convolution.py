@@ -72,6 +72,13 @@ def test_weights_made_for_inference_are_packed_too() -> None:
         assert packed._packed is not None
 
 
+def test_a_format_without_kernels_takes_the_plain_way(layers: tuple[Conv2d, nn.Conv2d]) -> None:
+    assert same(layers, 2, 8, 4, 4)
+    for layer in layers:
+        layer.to(torch.float64)
+    assert same(layers, 2, 8, 4, 4)
+
+
 def test_gradients_are_those_of_a_plain_layer(layers: tuple[Conv2d, nn.Conv2d]) -> None:
     assert same(layers, 2, 8, 4, 4)
     x = torch.randn(2, 8, 4, 4)
